@@ -1,5 +1,32 @@
 """Truncated back-propagation through time for PyTorch-Ignite, and gradients for blackboxes."""
 
+from ignite_tbptt.evaluator import create_supervised_tbptt_evaluator
+from ignite_tbptt.events import EpochTimeWise, RunningTimeWise, SequenceWise, Tbptt_Events
+from ignite_tbptt.handlers import TbpttProgressBar
+from ignite_tbptt.hidden import detach_hidden, reset_hidden
+from ignite_tbptt.sequence import split_sequence
+from ignite_tbptt.streams import ContiguousStreams
+from ignite_tbptt.trainer import create_supervised_tbptt_trainer, supervised_tbptt_training_step
+from ignite_tbptt.truncation import FixedTruncation, Segment, TruncationPolicy, Window
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "ContiguousStreams",
+    "EpochTimeWise",
+    "FixedTruncation",
+    "RunningTimeWise",
+    "Segment",
+    "SequenceWise",
+    "TbpttProgressBar",
+    "Tbptt_Events",
+    "TruncationPolicy",
+    "Window",
+    "__version__",
+    "create_supervised_tbptt_evaluator",
+    "create_supervised_tbptt_trainer",
+    "detach_hidden",
+    "reset_hidden",
+    "split_sequence",
+    "supervised_tbptt_training_step",
+]

@@ -1,0 +1,167 @@
+"""The evaluator: the same walk through time without gradients, in the memory of one chunk.
+
+It shares the splitter, the carried state and the model call with the trainer; metrics are updated chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from ignite.metrics import Loss, Metric
+
+from ignite_tbptt.carry import HiddenCarry
+from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, fire, register_time_events, stop_requested
+from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchanged
+from ignite_tbptt.hidden import warn_if_bidirectional
+from ignite_tbptt.resume import carry_hidden
+from ignite_tbptt.sequence import SplitBatch, split_sequence
+from ignite_tbptt.truncation import as_policy, check_steps, plan_windows
+
+_prepare_batch = prepare_batch  # the argument of that name hides the function
+
+
+def prediction_and_target(x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
+    """Return (y_pred, y), as Ignite's metrics take them: the default of `output_transform`."""
+    return y_pred, y
+
+
+@dataclass(frozen=True)
+class TbpttEvaluationStep:
+    """The process function of the evaluator: one batch, chunk by chunk."""
+
+    forward: ChunkForward
+    carry: HiddenCarry
+    split_batch: SplitBatch
+    output_transform: Callable[[Any, Any, Any], Any]
+    weighed_by_rows: tuple[str, ...]
+
+    def __call__(self, engine: Engine, batch: Any) -> Any:
+        """Evaluate one batch and return the output of its last chunk."""
+        state: Any = engine.state
+        length, cut = self.split_batch(batch, self.carry.dim)
+        windows = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
+        state.time_iterations_per_sequence = len(windows)
+        self._warn_if_weighed_by_rows(length, windows[0][0].stop)
+        hidden = self.carry.through(state, windows, cut(0, windows[0][0].stop))
+        for window in windows:
+            (segment,) = window
+            state.time_iteration += 1
+            fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
+            self.forward.model.eval()  # every time: a handler may have trained
+            with torch.no_grad():
+                x, y = self.forward.prepare(cut(segment.start, segment.stop))
+                with self.forward.autocast(x):
+                    y_pred, reached = self.forward.predict(x, hidden.start(x))
+                hidden.reach(segment.stop, reached)
+                state.output = self.output_transform(x, y, y_pred)
+            fire(engine, Tbptt_Events.TIME_ITERATION_COMPLETED)
+            if stop_requested(engine):
+                break
+        hidden.leave()
+        return state.output
+
+    def _warn_if_weighed_by_rows(self, length: int, chunk: int) -> None:
+        if self.weighed_by_rows and length % chunk:
+            warnings.warn(
+                f"the metrics {', '.join(self.weighed_by_rows)} weigh each chunk by its rows, the shorter last chunk "
+                f"of {length % chunk} time steps as much as one of {chunk}. Weigh by what is averaged over: "
+                "Loss(loss_fn, batch_size=torch.numel), say.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def create_supervised_tbptt_evaluator(
+    model: Any,
+    metrics: Mapping[str, Metric] | None = None,
+    tbtt_step: int = 128,
+    dim: int = 0,
+    device: str | torch.device | None = None,
+    non_blocking: bool = False,
+    prepare_batch: Callable[..., Any] = _prepare_batch,
+    *,
+    output_transform: Callable[[Any, Any, Any], Any] = prediction_and_target,
+    model_transform: Callable[[Any], Any] = unchanged,
+    model_fn: Callable[[Any, Any, Any], Any] = call_model,
+    amp_mode: str | None = None,
+    stateful: bool = False,
+    initial_hidden: Callable[[Any], Any] | None = None,
+    split_batch: SplitBatch = split_sequence,
+) -> Engine:
+    """Create an evaluator that works through sequences in chunks, in the memory of one chunk.
+
+    Metrics are updated after every chunk and computed at the end of the epoch, so they are those over the whole
+    output. The state goes from chunk to chunk; the result does not depend on `tbtt_step`, unless the model is
+    bidirectional.
+
+    Example:
+        ::
+
+            metrics = {"loss": Loss(torch.nn.functional.mse_loss, batch_size=torch.numel), "mae": MeanAbsoluteError()}
+            evaluator = create_supervised_tbptt_evaluator(model, metrics, tbtt_step=500)
+
+            @trainer.on(Events.EPOCH_COMPLETED)
+            def evaluate():
+                print(evaluator.run(held_out).metrics)
+
+    Ignite's `Loss` weighs what it gets by `batch_size`, the size of the first axis by default. Chunks of different
+    lengths are weighed right by ``batch_size=torch.numel``.
+
+    Args:
+        model: as for `create_supervised_tbptt_trainer`; set to eval mode.
+        metrics: metrics by name, attached with the usage `EpochTimeWise`.
+        tbtt_step: time steps of a chunk; as `engine.state.tbtt_step` it is read at every batch.
+        dim: time axis of the tensors in a batch; may be negative.
+        device: where chunks are moved to, one by one.
+        non_blocking: move chunks asynchronously where the host memory is pinned.
+        prepare_batch: ``prepare_batch(chunk, device=..., non_blocking=...)`` returns (x, y).
+        output_transform: ``output_transform(x, y, y_pred)`` makes `engine.state.output` of a chunk, (y_pred, y) by
+            default. After the batch it is that of the last chunk.
+        model_transform: maps y_pred to what the metrics take.
+        model_fn: ``model_fn(model, x, hidden)`` calls a model that is not called ``model(x, hidden)``.
+        amp_mode: "amp" for ``torch.autocast``.
+        stateful: carry the hidden state from batch to batch of an epoch.
+        initial_hidden: ``initial_hidden(x)`` returns the state that sequences start with.
+        split_batch: as for `create_supervised_tbptt_trainer`.
+
+    Returns:
+        The engine; it fires TIME_ITERATION_STARTED and TIME_ITERATION_COMPLETED.
+
+    Raises:
+        TypeError: `tbtt_step` is no int: there is no gradient here for a policy to truncate. In a run, as the trainer.
+        ValueError: an argument is out of its range. In a run, as the trainer.
+    """
+    check_steps(tbtt_step)
+    warn_if_bidirectional(model)
+    metrics = metrics or {}
+    step = TbpttEvaluationStep(
+        forward=ChunkForward(
+            model=model,
+            device=device,
+            non_blocking=non_blocking,
+            prepare_batch=prepare_batch,
+            model_fn=model_fn,
+            model_transform=model_transform,
+            amp_mode=amp_mode,
+        ),
+        carry=HiddenCarry(stateful, initial_hidden, dim, amp_mode),
+        split_batch=split_batch,
+        output_transform=output_transform,
+        weighed_by_rows=tuple(
+            name
+            for name, metric in metrics.items()
+            if dim != 0 and isinstance(metric, Loss) and getattr(metric, "_batch_size", None) is len
+        ),
+    )
+    engine = Engine(step)
+    register_time_events(engine, Tbptt_Events.TIME_ITERATION_STARTED, Tbptt_Events.TIME_ITERATION_COMPLETED)
+    engine.state.tbtt_step = tbtt_step  # type: ignore[attr-defined]
+    carry_hidden(engine, stateful)
+    for name, metric in metrics.items():
+        metric.attach(engine, name, usage=EpochTimeWise())
+    return engine

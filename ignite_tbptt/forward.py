@@ -1,0 +1,113 @@
+"""One call of the model on one chunk: prepare the batch, run under autocast, take (y_pred, hidden) apart.
+
+What the trainer and the evaluator have in common, and nothing of what they differ in: no loss, no gradient, no event.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ignite_tbptt import nest
+from ignite_tbptt.carry import device_of
+
+
+def prepare_batch(batch: Any, device: str | torch.device | None = None, non_blocking: bool = False) -> tuple[Any, Any]:
+    """Take a chunk apart into (x, y) and move its tensors to `device`.
+
+    Raises:
+        TypeError: the chunk is not a pair.
+    """
+    if not _is_pair(batch):
+        raise _no_pair(batch, "batch", "(x, y): give prepare_batch(batch, device, non_blocking) -> (x, y)")
+    x, y = batch
+    if device is None:
+        return x, y
+    return _moved(x, device, non_blocking), _moved(y, device, non_blocking)
+
+
+def _moved(node: Any, device: str | torch.device, non_blocking: bool) -> Any:
+    return nest.map_tensors(lambda tensor: tensor.to(device=device, non_blocking=non_blocking), node)
+
+
+def _is_pair(value: Any) -> bool:
+    # By type and length: a tensor of two rows, or a dict of two keys, would unpack without a word.
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
+def _no_pair(value: Any, name: str, form: str) -> TypeError:
+    size = f" of {len(value)} items" if isinstance(value, (tuple, list)) else ""
+    return TypeError(f"{name} is of type {type(value).__name__}{size}, but must be a pair {form}.")
+
+
+def call_model(model: Any, x: Any, hidden: Any) -> Any:
+    """Call the model as Ignite's contrib trainer did: with a hidden state only where there is one, by position."""
+    return model(x) if hidden is None else model(x, hidden)
+
+
+def unchanged(value: Any) -> Any:
+    """Return what came: the default of `model_transform`."""
+    return value
+
+
+_NO_AUTOCAST = nullcontext()
+
+
+@dataclass(frozen=True)
+class ChunkForward:
+    """Runs chunks through a model; the arguments are those of the trainer's and the evaluator's factories."""
+
+    model: Any
+    device: str | torch.device | None
+    non_blocking: bool
+    prepare_batch: Callable[..., Any]
+    model_fn: Callable[[Any, Any, Any], Any]
+    model_transform: Callable[[Any], Any]
+    amp_mode: str | None
+
+    def __post_init__(self) -> None:
+        if self.amp_mode not in (None, "amp"):
+            raise ValueError(f"amp_mode must be None or 'amp' (torch.autocast), got {self.amp_mode!r}.")
+
+    def prepare(self, chunk: Any) -> tuple[Any, Any]:
+        """Return (x, y) of a chunk, on the device."""
+        pair = self.prepare_batch(chunk, device=self.device, non_blocking=self.non_blocking)
+        if not _is_pair(pair):
+            raise _no_pair(pair, "the result of prepare_batch", "(x, y), the input of the model and the target")
+        x, y = pair
+        return x, y
+
+    def autocast(self, x: Any) -> AbstractContextManager[Any]:
+        """Return the autocast context for the device of `x`, in the dtype of ``torch.get_autocast_dtype``."""
+        if self.amp_mode is None:
+            return _NO_AUTOCAST
+        return torch.autocast(device_of(x).type)
+
+    def predict(self, x: Any, hidden: Any) -> tuple[Any, Any]:
+        """Return (y_pred, hidden) of the model on `x`."""
+        output = self.model_fn(self.model, x, hidden)
+        if not _is_pair(output):
+            raise _no_pair(
+                output,
+                "the output of the model",
+                "(y_pred, hidden): return both, or give model_fn(model, x, hidden) -> (y_pred, hidden)",
+            )
+        y_pred, hidden = output
+        return self.model_transform(y_pred), hidden
+
+
+def warn_if_underflow(amp_mode: str | None, scaler: Any, device: str | torch.device | None) -> None:
+    """Warn where gradients would be float16 with nothing to keep the small ones from vanishing."""
+    kind = "cpu" if device is None else torch.device(device).type
+    if amp_mode == "amp" and scaler is None and torch.get_autocast_dtype(kind) == torch.float16:
+        warnings.warn(
+            f"amp_mode='amp' computes in float16 on {kind}, where gradients below 6e-8 vanish without a gradient "
+            "scaler: give scaler=True, or choose torch.set_autocast_dtype(device_type, torch.bfloat16).",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,151 @@
+"""Where time is cut: the length of a nested batch and views into it along its time axis.
+
+`split_sequence` is the default of the trainer's and the evaluator's `split_batch`. A splitter gets the batch and
+the time axis and returns the number of time steps and a function ``(start, stop) -> chunk``; the chunks have the nest
+of the batch and are views, so that a long batch on the host costs the device one chunk at a time. Whatever covers
+``[0, length)`` with calls of that function, a truncation policy for example, sees every step of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from ignite_tbptt import nest
+from ignite_tbptt.nest import Path
+
+Chunk = Callable[[int, int], Any]
+"""From a start and a stop in time steps to the part of the batch between them."""
+
+SplitBatch = Callable[[Any, int], tuple[int, Chunk]]
+"""From a batch and its time axis to the number of time steps and the function that cuts chunks out of it."""
+
+
+def split_sequence(
+    batch: Any,
+    dim: int,
+    static: Collection[Hashable] = (),
+    final: Collection[Hashable] = (),
+) -> tuple[int, Chunk]:
+    """Cut a nested batch along its time axis.
+
+    Every tensor of the batch is cut into views along `dim`; what is not a tensor goes with every chunk as it is.
+
+    Example:
+        A batch ``{"x": (B, T, F), "speaker": (B,), "y": (B, T)}`` whose speaker has no time axis::
+
+            split_batch = functools.partial(split_sequence, static=["speaker"])
+            trainer = create_supervised_tbptt_trainer(model, optimizer, loss_fn, 50, dim=1, split_batch=split_batch)
+
+        A batch ``(x, y)`` with one target for the whole sequence, many-to-one::
+
+            split_batch = functools.partial(split_sequence, final=[1])
+
+    Args:
+        batch: nest of tensors: dicts, tuples, named tuples, lists, dataclasses.
+        dim: time axis of the tensors; may be negative.
+        static: entries without a time axis that go whole with every chunk. An entry is named by its key, index or
+            field in the batch, or by a tuple of those where it lies deeper: ``("x", "speaker")``.
+        final: entries without a time axis that go whole with the chunk that ends the sequence and are None in the
+            others. For the target this makes a many-to-one task: the trainer takes no loss from a chunk whose target
+            is None, so the gradient comes from the last window.
+
+    Returns:
+        The number of time steps, and the function ``(start, stop) -> chunk``.
+
+    Raises:
+        ValueError: no tensor has a time axis, `dim` is out of range for one of them, they disagree about the
+            length, the length is 0, or `static` or `final` names an entry that the batch does not have.
+        TypeError: the batch holds a packed sequence or a numpy array, which have no axis to cut here.
+    """
+    whole = {_as_path(entry): False for entry in static} | {_as_path(entry): True for entry in final}
+    plan = _Plan(dim, whole)
+    cut = plan.cutter(batch, ())
+    if plan.unseen:
+        names = ", ".join(nest.spell("batch", path) for path in plan.unseen)
+        raise ValueError(f"static and final must name entries of the batch, but it has no {names}.")
+    plan.length = _agreed_length(plan.lengths, dim)
+    return plan.length, lambda start, stop: cut(start, stop - start)
+
+
+def _as_path(entry: Hashable) -> Path:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+_Cutter = Callable[[int, int], Any]
+"""From a start and a number of time steps to the part of one node of the batch."""
+
+
+class _Plan:
+    """Turns a batch into the function that cuts it, and collects on the way how long its tensors are.
+
+    The nest is walked once for a batch, not once for a chunk.
+    """
+
+    def __init__(self, dim: int, whole: dict[Path, bool]) -> None:
+        self.dim = dim
+        self.whole = whole
+        self.unseen = set(whole)
+        self.lengths: dict[str, int] = {}
+        self.length = 0
+
+    def cutter(self, node: Any, path: Path) -> _Cutter:
+        if path in self.whole:
+            self.unseen.discard(path)
+            if self.whole[path]:
+                return lambda start, steps: node if start + steps == self.length else None
+            return lambda start, steps: node
+        _refuse_uncuttable(node, path)
+        if isinstance(node, torch.Tensor):
+            self.lengths[nest.spell("batch", path)] = _length(node, self.dim, path)
+            return partial(node.narrow, self.dim)
+        pairs = nest.children(node)
+        if pairs is None:
+            return lambda start, steps: node
+        cutters = [self.cutter(child, (*path, key)) for key, child in pairs]
+        return lambda start, steps: nest.rebuild(node, [cut(start, steps) for cut in cutters])
+
+
+def _refuse_uncuttable(node: Any, path: Path) -> None:
+    if isinstance(node, PackedSequence):
+        raise TypeError(
+            f"{nest.spell('batch', path)} is a PackedSequence, which has no time axis to cut. Pad the sequences "
+            "(torch.nn.utils.rnn.pad_packed_sequence) and give the trainer loss_weight to leave the padding out."
+        )
+    if isinstance(node, np.ndarray):
+        raise TypeError(
+            f"{nest.spell('batch', path)} is a numpy array, which would go uncut with every chunk. "
+            "Give the batch tensors: torch.from_numpy(array)."
+        )
+
+
+def _length(tensor: torch.Tensor, dim: int, path: Path) -> int:
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise ValueError(
+            f"dim={dim} is out of range for {nest.spell('batch', path)} of shape {tuple(tensor.shape)}: it has no such "
+            "time axis. If it holds for the whole sequence, name it in "
+            "split_batch=functools.partial(split_sequence, static=[...]), or final=[...] for a target."
+        )
+    return tensor.shape[dim]
+
+
+def _agreed_length(found: dict[str, int], dim: int) -> int:
+    if not found:
+        raise ValueError("batch holds no tensor to cut along time: give tensors, or a split_batch of your own.")
+    lengths = set(found.values())
+    if len(lengths) > 1:
+        listing = ", ".join(f"{name} has {length}" for name, length in found.items())
+        raise ValueError(
+            f"the tensors of the batch disagree about the number of time steps along dim={dim}: {listing}. Cut them "
+            "to one length, or name those without a time axis in "
+            "split_batch=functools.partial(split_sequence, static=[...])."
+        )
+    (length,) = lengths
+    if length == 0:
+        raise ValueError(f"batch is an empty sequence: {', '.join(found)} have 0 time steps along dim={dim}.")
+    return length

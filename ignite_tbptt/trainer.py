@@ -1,0 +1,466 @@
+"""The trainer: runs the windows of a policy through forward, backward and step, and fires an event at each turn.
+
+It executes what others decide: a truncation policy lays out the windows, an accumulation says which of them share an
+optimizer step, a splitter cuts the batch. None of them is known here by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+
+from ignite_tbptt import nest
+from ignite_tbptt.carry import HiddenCarry, HiddenThroughBatch
+from ignite_tbptt.events import Tbptt_Events, fire, fire_and_ask, has_listeners, register_time_events, stop_requested
+from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchanged, warn_if_underflow
+from ignite_tbptt.hidden import detach_hidden, scale_gradient, warn_if_bidirectional
+from ignite_tbptt.optimization import Accumulation, OptimizerStep, as_accumulation
+from ignite_tbptt.resume import DeterministicTimeEngine, TimeEngine, carry_hidden
+from ignite_tbptt.sequence import Chunk, SplitBatch, split_sequence
+from ignite_tbptt.truncation import Segment, TruncationPolicy, Window, as_policy, check_tbtt_step, plan_windows
+
+_prepare_batch = prepare_batch  # the arguments of that name hide the function
+
+
+def loss_item(x: Any, y: Any, y_pred: Any, loss: Any) -> Any:
+    """Return the loss as a number: the default of `output_transform`."""
+    return loss.item()
+
+
+@dataclass
+class _Chunks:
+    """The batch in hand: where its chunks come from, the state they start from, the loss that they left behind.
+
+    `heard` says that a handler may have changed the model's mode since the batch began; Module.train() for every chunk
+    would cost a small model more than all events together.
+    """
+
+    cut: Chunk
+    hidden: HiddenThroughBatch
+    total: Any = 0.0
+    steps: float = 0.0
+    has_target: bool = False
+    heard: bool = True
+
+    def add_loss(self, value: Any, steps: float) -> None:
+        self.total = self.total + steps * value
+        self.steps += steps
+
+    def mean_loss(self) -> float:
+        return float(self.total) / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class TbpttTrainingStep:
+    """The process function of the trainer: one batch, window by window. See `supervised_tbptt_training_step`."""
+
+    forward: ChunkForward
+    step: OptimizerStep
+    accumulation: Accumulation
+    tbtt_step: int | TruncationPolicy
+    loss_fn: Callable[[Any, Any], Any]
+    loss_weight: Callable[[Any, Any], Any] | None
+    output_transform: Callable[[Any, Any, Any, Any], Any]
+    split_batch: SplitBatch
+    carry: HiddenCarry
+
+    def attach(self, engine: Engine) -> None:
+        """Give `engine`, whose process function this is, the events, the counters and the carried state."""
+        register_time_events(engine, *Tbptt_Events)
+        engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
+        carry_hidden(engine, self.carry.stateful)
+        engine.add_event_handler(Events.STARTED, _require_one_epoch_length)
+
+    def __call__(self, engine: Engine, batch: Any) -> float:
+        """Train on one batch and return its mean loss over the time steps that count."""
+        state: Any = engine.state
+        cut, windows = self._plan(state, batch)
+        state.time_iterations_per_sequence = len(windows)
+        first = cut(windows[0][0].start, windows[0][0].stop)
+        chunks = _Chunks(cut, self.carry.through(state, windows, first, detach_hidden))
+        for group in self.accumulation.groups(windows):
+            self._run_group(engine, group, chunks)
+            if stop_requested(engine):
+                break
+        else:
+            if not chunks.has_target:
+                raise ValueError(
+                    "no chunk of the batch had a target: prepare_batch returned y=None for all of them, so there is "
+                    "no loss to train on."
+                )
+        chunks.hidden.leave()
+        return chunks.mean_loss()
+
+    def _plan(self, state: Any, batch: Any) -> tuple[Chunk, list[Window]]:
+        try:
+            length, cut = self.split_batch(batch, self.carry.dim)
+            windows = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
+        except Exception:
+            _on_all_ranks(-1)  # the others wait for this rank's number, and must not wait for ever
+            raise
+        counts = _on_all_ranks(len(windows))
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the ranks would run different numbers of time iterations in iteration {state.iteration}: "
+                f"{_by_rank(counts)} (-1: the batch was refused there). Ranks that average their gradients must run "
+                "the same number: give them batches of the same length, and the same tbtt_step."
+            )
+        return cut, windows
+
+    def _run_group(self, engine: Engine, group: Sequence[Window], chunks: _Chunks) -> None:
+        """Run windows that share an optimizer step, and take it."""
+        state: Any = engine.state
+        expected, share = self.accumulation.expected(group), 0.0
+        for window in group:
+            x, y = self.forward.prepare(chunks.cut(window[0].start, window[0].stop))
+            chunks.hidden.enter(window)
+            state.time_iteration += 1
+            chunks.heard |= fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
+            if chunks.heard:
+                self.forward.model.train()
+                chunks.heard = False
+            if window is group[0]:
+                self.step.zero()
+            x, y, y_pred, loss, counts = self._run_window(window, x, y, chunks)
+            share += self._backward(loss, y_pred, counts, expected)
+            state.output = self.output_transform(x, y, y_pred, loss)
+            chunks.add_loss(self._number(state.output, loss), sum(counts))
+            del x, y, y_pred, loss  # the next chunk does not have to fit beside this one
+            if share and window is group[-1]:
+                chunks.heard |= self._take_step(engine, expected / share)
+            chunks.heard |= fire(engine, Tbptt_Events.TIME_ITERATION_COMPLETED)
+            if stop_requested(engine):
+                return
+
+    def _run_window(self, window: Window, x: Any, y: Any, chunks: _Chunks) -> tuple[Any, Any, Any, Any, list[float]]:
+        """Run the segments of a window in one graph.
+
+        Returns:
+            (x, y, y_pred) of the last segment, the loss (a zero without a graph where no step counts), and how many
+            time steps of each segment count.
+        """
+        hidden = chunks.hidden.start(x)
+        losses: list[Any] = []
+        counts: list[float] = []
+        for segment in window:
+            if losses:
+                x, y = self.forward.prepare(chunks.cut(segment.start, segment.stop))
+                hidden = scale_gradient(hidden, segment.carry_scale)
+            if y is None:
+                count: float = 0
+            else:
+                chunks.has_target = True
+                count = self._count(x, y, segment)
+            with self.forward.autocast(x):
+                y_pred, hidden = self.forward.predict(x, hidden)
+                losses.append(_checked_loss(self.loss_fn(y_pred, y)) if count else None)
+            counts.append(count)
+            chunks.hidden.reach(segment.stop, hidden)
+        return x, y, y_pred, self._window_loss(window, losses, counts), counts
+
+    def _count(self, x: Any, y: Any, segment: Segment) -> float:
+        """Return how many time steps of a segment count."""
+        if not segment.loss_weight:
+            return 0
+        if self.loss_weight is None:
+            return segment.stop - segment.start
+        count = float(self.loss_weight(x, y))
+        if not (math.isfinite(count) and count >= 0):
+            raise ValueError(
+                f"loss_weight must return a finite number that is not negative, the steps that count, got {count}."
+            )
+        return count
+
+    def _window_loss(self, window: Window, losses: Sequence[Any], counts: Sequence[float]) -> Any:
+        if not any(counts):
+            return torch.zeros(())
+        terms = [
+            loss if factor == 1.0 else factor * loss
+            for factor, loss in zip(self.accumulation.coefficients(window, counts), losses, strict=True)
+            if loss is not None
+        ]
+        return terms[0] if len(terms) == 1 else sum(terms)
+
+    def _backward(self, loss: Any, y_pred: Any, counts: Sequence[float], expected: float) -> float:
+        """Back-propagate the window's part of the step's loss and return its share, averaged over the ranks."""
+        share = shared = self.accumulation.share(counts)
+        if self.loss_weight is not None and idist.get_world_size() > 1:
+            # Which steps count is known to each rank alone, yet all must take part in the same backward passes.
+            shared = sum(_on_all_ranks(share)) / idist.get_world_size()
+        if share:
+            self.step.backward(loss if share == expected else loss * (share / expected))
+        elif shared:
+            self.step.backward(_zero_through(y_pred))
+        return shared
+
+    def _number(self, output: Any, loss: Any) -> Any:
+        if self.output_transform is loss_item:
+            return float(output)
+        # No number yet: an output_transform without .item() keeps a GPU from waiting at every window.
+        loss = loss.detach()
+        return loss if loss.device.type == "mps" else loss.double()
+
+    def _take_step(self, engine: Engine, factor: float) -> bool:
+        """Step on the gradients, unless a handler that looks at them asks to terminate.
+
+        Returns:
+            Whether a handler ran.
+        """
+        heard = has_listeners(engine, Tbptt_Events.BACKWARD_COMPLETED)
+        if self.step.take(factor, lambda: not (heard and fire_and_ask(engine, Tbptt_Events.BACKWARD_COMPLETED))):
+            engine.state.optimizer_step += 1  # type: ignore[attr-defined]
+            heard |= fire(engine, Tbptt_Events.OPTIMIZER_STEP_COMPLETED)
+        return heard
+
+
+def _checked_loss(loss: Any) -> Any:
+    if not hasattr(loss, "backward"):
+        raise TypeError(
+            f"loss_fn must return a scalar tensor, got {type(loss).__name__}: compute the loss with torch operations."
+        )
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss_fn must return a scalar, got a tensor of shape {tuple(loss.shape)}: reduce it (mean or sum) "
+                "over the batch and the time steps of the chunk."
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss does not require grad: nothing that led to it can be trained. Most likely the graph is cut "
+                "inside the model: look for .item(), .numpy(), .detach(), .data, torch.tensor(...) of computed values, "
+                "torch.no_grad(), or an operation without a gradient (argmax, a comparison). Or every parameter is "
+                "frozen (requires_grad=False)."
+            )
+    return loss
+
+
+def _zero_through(y_pred: Any) -> torch.Tensor:
+    """Return a loss of 0 whose backward reaches what `y_pred` was made from."""
+    sums = [tensor.sum() for tensor in nest.tensors(y_pred) if tensor.requires_grad]
+    return torch.stack(sums).sum() * 0.0
+
+
+def _on_all_ranks(number: float) -> list[float]:
+    """Return the number of every rank, in the order of ranks."""
+    if idist.get_world_size() == 1:
+        return [number]
+    numbers: Any = idist.all_gather(torch.tensor([float(number)], device=idist.device()))
+    return [float(value) for value in numbers]
+
+
+def _by_rank(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g} on rank {rank}" for rank, number in enumerate(numbers))
+
+
+def _require_one_epoch_length(engine: Engine) -> None:
+    lengths = _on_all_ranks(-1 if engine.state.epoch_length is None else engine.state.epoch_length)
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the ranks would run different numbers of batches in an epoch: {_by_rank(lengths)}. Ranks that average "
+            "their gradients must run the same number."
+        )
+
+
+def supervised_tbptt_training_step(
+    model: Any,
+    optimizer: Any,
+    loss_fn: Callable[[Any, Any], Any],
+    tbtt_step: int | TruncationPolicy,
+    dim: int = 0,
+    device: str | torch.device | None = None,
+    non_blocking: bool = False,
+    prepare_batch: Callable[..., Any] = _prepare_batch,
+    *,
+    output_transform: Callable[[Any, Any, Any, Any], Any] = loss_item,
+    model_transform: Callable[[Any], Any] = unchanged,
+    model_fn: Callable[[Any, Any, Any], Any] = call_model,
+    gradient_accumulation_steps: int | str = 1,
+    amp_mode: str | None = None,
+    scaler: Any = None,
+    stateful: bool = False,
+    initial_hidden: Callable[[Any], Any] | None = None,
+    split_batch: SplitBatch = split_sequence,
+    loss_weight: Callable[[Any, Any], Any] | None = None,
+) -> TbpttTrainingStep:
+    """Make the process function of a TBPTT trainer, for an engine of your own.
+
+    Example:
+        ::
+
+            step = supervised_tbptt_training_step(model, optimizer, loss_fn, 50)
+            trainer = Engine(step)
+            step.attach(trainer)  # events, counters, carried state
+
+    The arguments, and what they raise, are those of `create_supervised_tbptt_trainer`; `scaler` is a scaler here.
+    """
+    check_tbtt_step(tbtt_step)
+    if scaler is not None and amp_mode is None:
+        raise ValueError("scaler is given, but amp_mode is None: gradients are scaled for amp_mode='amp' alone.")
+    forward = ChunkForward(
+        model=model,
+        device=device,
+        non_blocking=non_blocking,
+        prepare_batch=prepare_batch,
+        model_fn=model_fn,
+        model_transform=model_transform,
+        amp_mode=amp_mode,
+    )
+    warn_if_underflow(amp_mode, scaler, device)
+    warn_if_bidirectional(model)
+    return TbpttTrainingStep(
+        forward=forward,
+        step=OptimizerStep(optimizer, scaler),
+        accumulation=as_accumulation(gradient_accumulation_steps),
+        tbtt_step=tbtt_step,
+        loss_fn=loss_fn,
+        loss_weight=loss_weight,
+        output_transform=output_transform,
+        split_batch=split_batch,
+        carry=HiddenCarry(stateful, initial_hidden, dim, amp_mode),
+    )
+
+
+def create_supervised_tbptt_trainer(
+    model: Any,
+    optimizer: Any,
+    loss_fn: Callable[[Any, Any], Any],
+    tbtt_step: int | TruncationPolicy,
+    dim: int = 0,
+    device: str | torch.device | None = None,
+    non_blocking: bool = False,
+    prepare_batch: Callable[..., Any] = _prepare_batch,
+    *,
+    output_transform: Callable[[Any, Any, Any, Any], Any] = loss_item,
+    model_transform: Callable[[Any], Any] = unchanged,
+    model_fn: Callable[[Any, Any, Any], Any] = call_model,
+    gradient_accumulation_steps: int | str = 1,
+    amp_mode: str | None = None,
+    scaler: Any = False,
+    deterministic: bool = False,
+    stateful: bool = False,
+    initial_hidden: Callable[[Any], Any] | None = None,
+    split_batch: SplitBatch = split_sequence,
+    loss_weight: Callable[[Any, Any], Any] | None = None,
+) -> TimeEngine:
+    """Create a trainer for truncated back-propagation through time.
+
+    A sequence that is too long to back-propagate whole is cut into chunks; the hidden state goes from chunk to chunk,
+    the gradient does not. The positional arguments are those of ``ignite.contrib.engines``, whose factory this one
+    replaces: a script written for it runs unchanged, to the bit.
+
+    Example:
+        ::
+
+            model = torch.nn.LSTM(input_size=8, hidden_size=32, proj_size=1)
+            optimizer = torch.optim.Adam(model.parameters())
+            trainer = create_supervised_tbptt_trainer(model, optimizer, torch.nn.functional.mse_loss, tbtt_step=50)
+
+            @trainer.on(Tbptt_Events.BACKWARD_COMPLETED)
+            def clip():
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+            trainer.run(loader, max_epochs=10)  # batches (x, y) of shape (T, B, 8) and (T, B, 1)
+
+    `engine.state` has, besides Ignite's: `time_iteration` and `optimizer_step` (counters over the run),
+    `time_iterations_per_sequence` (of the batch in hand), `hidden` (the state that the next window starts from;
+    handlers may read and replace it), `tbtt_step` (read at every batch, so a parameter scheduler can change it) and
+    `output`: the window's output from BACKWARD_COMPLETED on, the mean loss over the steps of the batch at
+    ITERATION_COMPLETED.
+
+    Args:
+        model: called as ``model(x)`` for the first chunk of a sequence and ``model(x, hidden)`` from then on; returns
+            ``(y_pred, hidden)``. The hidden state is any nest of tensors, None inside included.
+        optimizer: steps once for every window, or as `gradient_accumulation_steps` says.
+        loss_fn: ``loss_fn(y_pred, y)`` returns a scalar, the mean over the chunk.
+        tbtt_step: time steps of a chunk (the last may be shorter), or a truncation policy.
+        dim: time axis of the tensors in a batch; may be negative.
+        device: where chunks are moved to, one by one; the model is not moved. None leaves them where they are.
+        non_blocking: move chunks asynchronously where the host memory is pinned.
+        prepare_batch: ``prepare_batch(chunk, device=..., non_blocking=...)`` returns (x, y), for every chunk. A chunk
+            whose y is None advances the state and has no loss.
+        output_transform: ``output_transform(x, y, y_pred, loss)`` makes `engine.state.output` of a window. The
+            default is the loss as a number.
+        model_transform: maps y_pred to what `loss_fn` takes, ``lambda y_pred: y_pred.transpose(1, 2)`` say.
+        model_fn: ``model_fn(model, x, hidden)`` calls a model that is not called as above; `hidden` is None at first.
+        gradient_accumulation_steps: windows that share an optimizer step, on the mean of their losses; windows left
+            over at the end of a batch are stepped on too. "sequence": one step a batch, each window weighted by
+            its share of the time steps: the gradient of the mean loss over the whole sequence, truncated.
+        amp_mode: "amp" for forward and loss under ``torch.autocast``, in the dtype of ``torch.get_autocast_dtype``:
+            bfloat16 on CPU and float16 on CUDA, unless ``torch.set_autocast_dtype`` chose another.
+        scaler: a ``torch.amp.GradScaler``, or True to have one made, as `engine.state.scaler`.
+        deterministic: make the engine a `DeterministicEngine`, which resumes with its random streams.
+        stateful: carry the hidden state from batch to batch of an epoch: row i of a batch goes on where row i of the
+            one before ended (`ContiguousStreams`). The carried state is in the trainer's state dict.
+        initial_hidden: ``initial_hidden(x)`` returns the state that sequences start with, x being the first chunk.
+            Parameters in it are trained.
+        split_batch: ``split_batch(batch, dim)`` returns the length and the chunks; see `split_sequence`, also for
+            entries without a time axis and many-to-one targets.
+        loss_weight: ``loss_weight(x, y)`` returns how many time steps of a chunk count, in any unit, when there is
+            padding; `loss_fn` is expected to be the mean over those. A window with 0 advances the state, its loss is
+            not computed and no step is taken.
+
+    Returns:
+        The engine.
+
+    Raises:
+        TypeError: `tbtt_step` or `gradient_accumulation_steps` is of a wrong type. In a run: a batch that is no pair
+            after `prepare_batch`, a model that returns no pair, a hidden state without tensors, a loss that is no
+            tensor.
+        ValueError: an argument is out of its range. In a run: sequences of different lengths, empty ones, `dim` out
+            of range, a loss that is not scalar or has no graph, a carried state for another number of rows, ranks
+            with different numbers of windows.
+
+    Note:
+        `terminate()` and `terminate_epoch()` end the windows after the one in hand, `interrupt()` after the batch.
+        For an exact resume save checkpoints at ITERATION_COMPLETED or later events: inside a batch there is no place
+        to resume from.
+
+    Source: Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network
+    trajectories, Neural Computation 2 (1990) 490-501: BPTT(h; h') with h = h'.
+    """
+    if scaler and amp_mode is None:
+        raise ValueError(f"scaler={scaler!r} is given, but amp_mode is None: use amp_mode='amp', or no scaler.")
+    made_scaler = torch.amp.GradScaler(_device_type(device)) if scaler is True else None
+    step = supervised_tbptt_training_step(
+        model,
+        optimizer,
+        loss_fn,
+        tbtt_step,
+        dim,
+        device,
+        non_blocking,
+        prepare_batch,
+        output_transform=output_transform,
+        model_transform=model_transform,
+        model_fn=model_fn,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        amp_mode=amp_mode,
+        scaler=made_scaler or scaler or None,
+        stateful=stateful,
+        initial_hidden=initial_hidden,
+        split_batch=split_batch,
+        loss_weight=loss_weight,
+    )
+    settings = {
+        "tbtt_step": tbtt_step if isinstance(tbtt_step, int) else repr(tbtt_step),
+        "dim": dim,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "stateful": stateful,
+    }
+    engine = (DeterministicTimeEngine if deterministic else TimeEngine)(step, settings)
+    step.attach(engine)
+    if made_scaler is not None:
+        engine.state.scaler = made_scaler  # type: ignore[attr-defined]
+    return engine
+
+
+def _device_type(device: str | torch.device | None) -> str:
+    if device is not None:
+        return torch.device(device).type
+    return "cuda" if torch.cuda.is_available() else "cpu"
