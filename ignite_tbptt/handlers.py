@@ -120,7 +120,7 @@ class TbpttProgressBar:
 
 @dataclass
 class _Place:
-    """Where in its epoch an engine is: the number of the batch and of the chunk in it, and how many chunks came before."""
+    """Where in its epoch an engine is: number of the batch, of the chunk in it, and how many came before."""
 
     batch: int = 0
     chunk: int = 0
