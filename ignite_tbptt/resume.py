@@ -21,13 +21,15 @@ KEY = "tbptt"
 class TimeEngine(Engine):
     """An Ignite engine whose state dict also holds the counters of time, the carried state and the settings."""
 
+    state: Any  # Ignite's State, which takes the attributes of time as it takes a user's
+
     def __init__(self, process_function: Callable[[Engine, Any], Any], settings: Mapping[str, Any]) -> None:
         super().__init__(process_function)
         self._settings = dict(settings)
 
     def state_dict(self) -> Any:
         """Return Ignite's state dict with the entry "tbptt"; see `Engine.state_dict`."""
-        state: Any = self.state
+        state = self.state
         saved = super().state_dict()
         if "rng_states" in saved:
             saved["rng_states"] = [_plain(rng_state) for rng_state in saved["rng_states"]]
@@ -54,7 +56,7 @@ class TimeEngine(Engine):
             self._check_settings(own["settings"])
         hidden = None if own is None else unpack_hidden(own["hidden"])
         super().load_state_dict(state_dict)
-        state: Any = self.state
+        state = self.state
         state.hidden, state.hidden_rows, state.hidden_restored = hidden, None, hidden is not None
         if own is None:
             return

@@ -456,7 +456,7 @@ def create_supervised_tbptt_trainer(
     engine = (DeterministicTimeEngine if deterministic else TimeEngine)(step, settings)
     step.attach(engine)
     if made_scaler is not None:
-        engine.state.scaler = made_scaler  # type: ignore[attr-defined]
+        engine.state.scaler = made_scaler
     return engine
 
 
