@@ -1,0 +1,84 @@
+"""Two gloo ranks under idist.Parallel: DDP, shares of a stream, and ranks that disagree."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ignite_tbptt import ContiguousStreams, create_supervised_tbptt_trainer
+from tests.helpers import Forecaster, seeded, sgd
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+
+
+def launch(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.two_ranks", case, str(folder)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+
+def stream(steps: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(steps, 3, generator=generator), torch.randn(steps, 2, generator=generator)
+
+
+def single_process(data: Any, rows: int, **kwargs: Any) -> dict[str, torch.Tensor]:
+    model = seeded(Forecaster).double()
+    trainer = create_supervised_tbptt_trainer(model, sgd(model), kwargs.pop("loss_fn", F.mse_loss), 4, **kwargs)
+    trainer.run(ContiguousStreams(data, rows=rows, steps=7), max_epochs=2)
+    return model.state_dict()
+
+
+def test_two_ranks_with_half_the_rows_are_one_with_all(tmp_path: Path) -> None:
+    result = launch("rows", tmp_path)
+    assert result.returncode == 0, result.stderr
+    expected = single_process(tuple(part.double() for part in stream()), rows=4, stateful=True)
+    for rank in range(2):
+        ours = torch.load(tmp_path / f"rows_{rank}.pt", weights_only=True)
+        for name, value in expected.items():
+            # The mean over rows is taken in another order: a few ulp at each of 48 steps.
+            assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-13)
+
+
+def test_padding_on_one_rank_alone_is_the_mean_over_all_that_counts(tmp_path: Path) -> None:
+    """Rank 1 has whole windows without a target; in sequence mode both together make the masked mean."""
+    from tests.two_ranks import masked_mse, padded_stream
+
+    result = launch("padding", tmp_path)
+    assert result.returncode == 0, result.stderr
+    expected = single_process(
+        padded_stream(),
+        rows=4,
+        stateful=True,
+        loss_fn=masked_mse,
+        gradient_accumulation_steps="sequence",
+        loss_weight=lambda x, y: (~y.isnan()).sum(),
+    )
+    for rank in range(2):
+        ours = torch.load(tmp_path / f"padding_{rank}.pt", weights_only=True)
+        for name, value in expected.items():
+            assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("windows", "different numbers of time iterations in iteration 1: 3 on rank 0, 2 on rank 1"),
+        ("refused", "different numbers of time iterations in iteration 1: -1 on rank 0, 3 on rank 1"),
+        ("batches", "different numbers of batches in an epoch: 3 on rank 0, 2 on rank 1"),
+    ],
+)
+def test_ranks_that_disagree_raise_everywhere(case: str, message: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    result = launch(case, tmp_path)
+    assert result.returncode == 0, result.stderr
+    raised = [(tmp_path / f"{case}_{rank}.txt").read_text() for rank in range(2)]
+    assert message in raised[1]
+    assert message in raised[0] or (case == "refused" and "empty sequence" in raised[0])
+    assert time.monotonic() - start < 60  # no more than a start; a hang would last until gloo's half hour is over

@@ -1,0 +1,169 @@
+"""A run that was stopped, or killed, and resumed from its checkpoint ends with the same bits as one that never was."""
+
+from __future__ import annotations
+
+import io
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+from torch import nn
+from torch.nn import functional as F
+
+from ignite_tbptt import ContiguousStreams, FixedTruncation, Tbptt_Events, create_supervised_tbptt_trainer
+from tests.helpers import CustomCell, Forecaster, PairState, RecordState, batches, same, seeded, weights
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+class Run:
+    """A model, its optimizer, its stateful trainer and its streams."""
+
+    def __init__(self, make: Any = None, **kwargs: Any) -> None:
+        self.model = seeded(make or (lambda: Forecaster(nn.LSTM)))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        arguments: dict[str, Any] = {"tbtt_step": 4, "stateful": True, **kwargs}
+        self.trainer: Any = create_supervised_tbptt_trainer(self.model, self.optimizer, F.mse_loss, **arguments)
+        generator = torch.Generator().manual_seed(1)
+        data = torch.randn(150, 3, generator=generator), torch.randn(150, 2, generator=generator)
+        self.streams = ContiguousStreams(data, rows=5, steps=7)
+
+    def checkpoint_at(self, iteration: int) -> dict[str, Any]:
+        """Train up to a batch, and on to the end; return what was saved there."""
+        saved: dict[str, Any] = {}
+
+        @self.trainer.on(Events.ITERATION_COMPLETED(once=iteration))
+        def save() -> None:
+            parts = {"trainer": self.trainer, "model": self.model, "optimizer": self.optimizer}
+            saved.update(through_a_file({name: part.state_dict() for name, part in parts.items()}))
+
+        self.trainer.run(self.streams, max_epochs=3)
+        return saved
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.trainer.load_state_dict(saved["trainer"])
+        self.trainer.run(self.streams)
+
+
+CELLS: dict[str, Any] = {
+    "lstm": None,
+    "named tuple": lambda: CustomCell(lambda h: PairState(h, None), lambda state: state.h),
+    "dataclass": lambda: CustomCell(RecordState, lambda state: state.h),
+    "dict": lambda: CustomCell(lambda h: {"h": h}, lambda state: state["h"]),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("iteration", [1, 4, 5, 6, 12, 14])  # an epoch has 5 batches
+def test_a_resumed_run_ends_with_the_same_bits(cell: str, iteration: int) -> None:
+    whole, resumed = Run(CELLS[cell]), Run(CELLS[cell])
+    saved = whole.checkpoint_at(iteration)
+    resumed.resume(saved)
+    assert same(weights(whole.model), weights(resumed.model))
+    assert resumed.trainer.state.time_iteration == whole.trainer.state.time_iteration
+    assert resumed.trainer.state.optimizer_step == whole.trainer.state.optimizer_step
+    assert resumed.trainer.state.output == whole.trainer.state.output
+
+
+def test_the_carried_state_matters_to_that() -> None:
+    whole, resumed = Run(), Run()
+    saved = whole.checkpoint_at(4)
+    saved["trainer"]["tbptt"]["hidden"] = None
+    resumed.resume(saved)
+    assert not same(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("options", [[], ["--deterministic"]])
+def test_a_killed_process_ends_with_the_same_bits(tmp_path: Path, options: list[str]) -> None:
+    def run(folder: str, *more: str) -> int:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "tests.killed_trainer", str(tmp_path / folder), *options, *more]
+        return subprocess.run(command, check=False, capture_output=True, timeout=120).returncode
+
+    assert run("whole") == 0
+    kill_at = random.Random(str(options)).sample(range(2, 48), 2)
+    for window in sorted(kill_at):
+        assert run("killed", "--kill-at", str(window)) == -signal.SIGKILL
+    assert run("killed") == 0
+    whole, killed = (torch.load(tmp_path / folder / "final.pt", weights_only=True) for folder in ("whole", "killed"))
+    assert whole["counted"] == killed["counted"] == 48  # 3 epochs of 5 batches of 3 chunks and one of 1
+    assert all(torch.equal(whole["weights"][name], killed["weights"][name]) for name in whole["weights"])
+
+
+def test_the_scheduled_tbtt_step_is_restored() -> None:
+    first, second = Run(), Run()
+    first.trainer.state.tbtt_step = 3
+    second.trainer.load_state_dict(through_a_file(first.trainer.state_dict()))
+    assert second.trainer.state.tbtt_step == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tbtt_step": 5}, "tbtt_step=4 there and 5 here"),
+        ({"tbtt_step": FixedTruncation(4)}, r"tbtt_step=4 there and 'FixedTruncation\(steps=4\)' here"),
+        ({"dim": 1}, "dim=0 there and 1 here"),
+        ({"stateful": False}, "stateful=True there and False here"),
+        ({"gradient_accumulation_steps": "sequence"}, "gradient_accumulation_steps=1 there and 'sequence' here"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_and_nothing_is_loaded(changes: Any, message: str) -> None:
+    saved = Run().checkpoint_at(4)["trainer"]
+    other = Run(**changes)
+    with pytest.raises(ValueError, match=message):
+        other.trainer.load_state_dict(saved)
+    assert other.trainer.state.iteration == other.trainer.state.time_iteration == 0
+    del saved["tbptt"]
+    other.trainer.load_state_dict(saved)
+    assert other.trainer.state.iteration == 4
+
+
+def test_a_stateless_trainer_saves_no_state() -> None:
+    run = Run(stateful=False)
+    run.trainer.run(run.streams)
+    assert run.trainer.state_dict()["tbptt"]["hidden"] is None
+
+
+def test_data_that_cannot_skip_are_warned_about_in_the_middle_of_an_epoch() -> None:
+    def trainer_at(iteration: int) -> Any:
+        run = Run()
+        run.trainer.load_state_dict({"iteration": iteration, "epoch_length": 3, "max_epochs": 2})
+        return run.trainer
+
+    with pytest.warns(UserWarning, match=r"goes on at iteration 1, inside an epoch, but its data \(list\) begin anew"):
+        trainer_at(1).run(batches())
+    trainer_at(3).run(batches())
+    trainer_at(1).run(iter(batches()[1:] + batches()))
+
+
+def test_streams_are_asked_to_go_on_only_inside_an_epoch() -> None:
+    run = Run()
+    asked: list[int] = []
+    streams: Any = run.streams
+    streams.resume_at = asked.append
+    run.trainer.run(run.streams, max_epochs=2)
+    assert asked == []
+
+
+def test_a_time_event_of_the_resumed_run_counts_on() -> None:
+    whole, resumed = Run(), Run()
+    saved = whole.checkpoint_at(4)
+    seen: list[int] = []
+    resumed.trainer.add_event_handler(
+        Tbptt_Events.TIME_ITERATION_STARTED(every=4), lambda e: seen.append(e.state.time_iteration)
+    )
+    resumed.resume(saved)
+    assert seen == [12, 16, 20, 24]  # 9 windows an epoch; 8 of them were behind the checkpoint

@@ -1,0 +1,70 @@
+"""What each of two ranks does in a subprocess: python -m tests.two_ranks CASE FOLDER."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from torch.nn import functional as F
+
+from ignite_tbptt import ContiguousStreams, create_supervised_tbptt_trainer
+from tests.helpers import Forecaster, batches, seeded, sgd
+
+
+def masked_mse(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    valid = ~y.isnan()
+    return ((y_pred - y)[valid] ** 2).mean()
+
+
+def padded_stream() -> tuple[torch.Tensor, torch.Tensor]:
+    from tests.test_distributed import stream
+
+    x, y = (part.double() for part in stream())
+    y[44:60] = float("nan")  # of the four rows of 20 steps the third, in rank 1's half, from its step 4 on
+    y[60:71] = float("nan")  # and the fourth up to its step 11: rank 1 has nothing in steps 4 to 11
+    return x, y
+
+
+def main(rank: int, case: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    model = seeded(Forecaster).double()
+    parallel: Any = torch.nn.parallel.DistributedDataParallel(model)
+    arguments: dict[str, Any] = {"loss_fn": F.mse_loss, "tbtt_step": 4}
+    data: Any
+    if case in ("rows", "padding"):
+        from tests.test_distributed import stream
+
+        source = padded_stream() if case == "padding" else tuple(part.double() for part in stream())
+        data = ContiguousStreams(source, rows=2, steps=7)
+        arguments["stateful"] = True
+    else:
+        data = [tuple(part.double() for part in batch) for batch in batches(3, steps=10)]
+    if case == "padding":
+        arguments |= {
+            "loss_fn": masked_mse,
+            "loss_weight": lambda x, y: (~y.isnan()).sum(),
+            "gradient_accumulation_steps": "sequence",
+        }
+    if case == "windows" and rank == 1:
+        arguments["tbtt_step"] = 5
+    if case == "refused" and rank == 0:
+        data = [tuple(part[:0] for part in batch) for batch in data]
+    if case == "batches" and rank == 1:
+        data = data[:2]
+    trainer = create_supervised_tbptt_trainer(parallel, sgd(model), **arguments)
+    try:
+        trainer.run(data, max_epochs=2)
+    except ValueError as error:
+        (Path(folder) / f"{case}_{rank}.txt").write_text(str(error))
+    else:
+        torch.save(model.state_dict(), Path(folder) / f"{case}_{rank}.pt")
+    idist.barrier()
+
+
+if __name__ == "__main__":
+    parallel = idist.launcher.Parallel
+    with parallel(backend="gloo", nproc_per_node=2, start_method="spawn") as spawned:
+        spawned.run(main, sys.argv[1], sys.argv[2])
