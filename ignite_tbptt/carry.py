@@ -79,7 +79,9 @@ class HiddenThroughBatch:
         if self._state.hidden_restored:  # a checkpoint may have been loaded onto another device
             self._state.hidden_restored = False
             hidden = move_hidden(hidden, device_of(x))
-        return self._cut(hidden)
+        # Also on engine.state, or the last window's graph would live beside this one's.
+        self._state.hidden = hidden = self._cut(hidden)
+        return hidden
 
     def reach(self, time: int, hidden: Any) -> None:
         """Take the state that the model returned behind the segment that ends at `time`."""

@@ -159,20 +159,18 @@ def test_timer_times_windows() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_logger_gets_a_point_for_every_window(tmp_path: Path) -> None:
-    tensorboard = pytest.importorskip("tensorboardX")
+    pytest.importorskip("tensorboardX")
     trainer = make_trainer()
     points: list[tuple[str, float, int]] = []
     logger = TensorboardLogger(log_dir=str(tmp_path))
-    logger.writer = type(
-        "Writer", (), {"add_scalar": lambda _, *point: points.append(point), "close": lambda _: None}
-    )()
-    del tensorboard
+    logger.writer.add_scalar = lambda *point: points.append(point)
     step = lambda engine, event: engine.state.time_iteration  # noqa: E731
     output = OutputHandler("train", output_transform=lambda loss: {"loss": loss}, global_step_transform=step)
     logger.attach(trainer, output, Tbptt_Events.TIME_ITERATION_COMPLETED)
     logger.attach(trainer, GradsScalarHandler(trainer.model), Tbptt_Events.BACKWARD_COMPLETED(every=3))
     losses = chunk_losses(trainer)
     trainer.run(batches(2))
+    logger.close()
     logged = [(value, at) for name, value, at in points if name == "train/loss"]
     assert logged == list(zip(losses, range(1, 7), strict=True))
     gradients = [(float(value), at) for name, value, at in points if name.startswith("grads")]
