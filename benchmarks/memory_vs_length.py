@@ -82,10 +82,17 @@ def main() -> None:
     length = 1024
     while length <= longest:
         x, y = torch.randn(2, length, ROWS, SIZE).unbind()
-        ours, contrib, whole = chunked(create_supervised_tbptt_trainer, x, y), chunked(create_contrib_trainer, x, y), full(x, y)
+        ours, contrib, whole = (
+            chunked(create_supervised_tbptt_trainer, x, y),
+            chunked(create_contrib_trainer, x, y),
+            full(x, y),
+        )
         measured.append(ours)
         kib = [size / 1024 for size in (2 * x.nbytes, ours, contrib, whole)]
-        print(f"{length:>8,}{kib[0]:>10,.0f}{kib[1]:>10,.1f}{kib[2]:>10,.1f}{kib[3]:>12,.1f}{whole / ours:>14.1f}", flush=True)
+        print(
+            f"{length:>8,}{kib[0]:>10,.0f}{kib[1]:>10,.1f}{kib[2]:>10,.1f}{kib[3]:>12,.1f}{whole / ours:>14.1f}",
+            flush=True,
+        )
         length *= 4
     print(f"the trainer's largest over its smallest: {max(measured) / min(measured):.4f}")
 

@@ -22,7 +22,7 @@ from pydoc_data import topics
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from ignite.handlers import Checkpoint, DiskSaver, LRScheduler
 from ignite.metrics import Loss, RunningAverage
 from torch import Tensor, nn
@@ -83,7 +83,9 @@ class Corpus:
 
     def zlib_bits(self) -> float:
         """Return bits per held-out character of zlib, which has seen the training text before."""
-        after, before = (self.decode(ids.tolist()).encode() for ids in (torch.cat([self.train, self.held_out]), self.train))
+        after, before = (
+            self.decode(ids.tolist()).encode() for ids in (torch.cat([self.train, self.held_out]), self.train)
+        )
         return 8 * (len(zlib.compress(after, 9)) - len(zlib.compress(before, 9))) / len(self.held_out)
 
     def zlib_alone_bits(self) -> float:
@@ -129,7 +131,10 @@ def draw(history: History, corpus: Corpus, path: Path) -> None:
     axes.plot(range(1, len(history.train) + 1), history.train, color="tab:blue", linewidth=0.8, label="training chunks")
     steps, bits = zip(*history.held_out, strict=True)
     axes.plot(steps, bits, "o-", color="tab:orange", label="held-out text, after each epoch")
-    baselines = (("order-0 entropy", corpus.order_0_bits(), ":"), ("zlib -9, training text before it", corpus.zlib_bits(), "--"))
+    baselines = (
+        ("order-0 entropy", corpus.order_0_bits(), ":"),
+        ("zlib -9, training text before it", corpus.zlib_bits(), "--"),
+    )
     for name, value, style in baselines:
         axes.axhline(value, color="black", linewidth=1, linestyle=style, label=f"{name}: {value:.2f}")
     axes.set(

@@ -79,8 +79,11 @@ class HiddenThroughBatch:
         if self._state.hidden_restored:  # a checkpoint may have been loaded onto another device
             self._state.hidden_restored = False
             hidden = move_hidden(hidden, device_of(x))
+        hidden = self._detach(hidden)
+        if self._carry.amp_mode is not None:
+            hidden = restore_precision(hidden)
         # Also on engine.state, or the last window's graph would live beside this one's.
-        self._state.hidden = hidden = self._cut(hidden)
+        self._state.hidden = hidden
         return hidden
 
     def reach(self, time: int, hidden: Any) -> None:

@@ -54,7 +54,7 @@ class TbpttEvaluationStep:
             fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
             self.forward.model.eval()  # every time: a handler may have trained
             with torch.no_grad():
-                x, y = self.forward.prepare(cut(segment.start, segment.stop))
+                x, y = self.forward.prepare(cut(segment.start, segment.stop - segment.start))
                 with self.forward.autocast(x):
                     y_pred, reached = self.forward.predict(x, hidden.start(x))
                 hidden.reach(segment.stop, reached)

@@ -23,7 +23,7 @@ def prepare_batch(batch: Any, device: str | torch.device | None = None, non_bloc
     Raises:
         TypeError: the chunk is not a pair.
     """
-    if not _is_pair(batch):
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise _no_pair(batch, "batch", "(x, y): give prepare_batch(batch, device, non_blocking) -> (x, y)")
     x, y = batch
     if device is None:
@@ -35,11 +35,8 @@ def _moved(node: Any, device: str | torch.device, non_blocking: bool) -> Any:
     return nest.map_tensors(lambda tensor: tensor.to(device=device, non_blocking=non_blocking), node)
 
 
-def _is_pair(value: Any) -> bool:
-    # By type and length: a tensor of two rows, or a dict of two keys, would unpack without a word.
-    return isinstance(value, (tuple, list)) and len(value) == 2
-
-
+# A pair is known by its type and length wherever one is asked for: a tensor of two rows, or a dict of two keys, would
+# unpack without a word.
 def _no_pair(value: Any, name: str, form: str) -> TypeError:
     size = f" of {len(value)} items" if isinstance(value, (tuple, list)) else ""
     return TypeError(f"{name} is of type {type(value).__name__}{size}, but must be a pair {form}.")
@@ -77,7 +74,7 @@ class ChunkForward:
     def prepare(self, chunk: Any) -> tuple[Any, Any]:
         """Return (x, y) of a chunk, on the device."""
         pair = self.prepare_batch(chunk, device=self.device, non_blocking=self.non_blocking)
-        if not _is_pair(pair):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             raise _no_pair(pair, "the result of prepare_batch", "(x, y), the input of the model and the target")
         x, y = pair
         return x, y
@@ -91,7 +88,7 @@ class ChunkForward:
     def predict(self, x: Any, hidden: Any) -> tuple[Any, Any]:
         """Return (y_pred, hidden) of the model on `x`."""
         output = self.model_fn(self.model, x, hidden)
-        if not _is_pair(output):
+        if not (isinstance(output, (tuple, list)) and len(output) == 2):
             raise _no_pair(
                 output,
                 "the output of the model",

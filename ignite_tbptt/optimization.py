@@ -136,13 +136,13 @@ class OptimizerStep:
         else:
             self.scaler.scale(loss).backward()
 
-    def take(self, factor: float, gradients_ready: Callable[[], bool]) -> bool:
+    def take(self, factor: float, gradients_ready: Callable[[], bool] | None = None) -> bool:
         """Step on the gradients that are there.
 
         Args:
             factor: what the gradients are multiplied by first.
             gradients_ready: called when the gradients are final and free of the scaler's factor; returns whether the
-                step is to be taken.
+                step is to be taken. None takes it.
 
         Returns:
             Whether the parameters were stepped: not where `gradients_ready` said no or the scaler met inf or NaN.
@@ -150,14 +150,14 @@ class OptimizerStep:
         if factor != 1.0:
             self._rescale(factor)
         if self.scaler is None:
-            if not gradients_ready():
+            if gradients_ready is not None and not gradients_ready():
                 return False
             self.optimizer.step()
             return True
         self.scaler.unscale_(self.optimizer)
         scale_before = self.scaler.get_scale()
         try:
-            if not gradients_ready():
+            if gradients_ready is not None and not gradients_ready():
                 return False
             self.scaler.step(self.optimizer)
         finally:

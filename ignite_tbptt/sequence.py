@@ -1,9 +1,9 @@
 """Where time is cut: the length of a nested batch and views into it along its time axis.
 
 `split_sequence` is the default of the trainer's and the evaluator's `split_batch`. A splitter gets the batch and
-the time axis and returns the number of time steps and a function ``(start, stop) -> chunk``; the chunks have the nest
-of the batch and are views, so that a long batch on the host costs the device one chunk at a time. Whatever covers
-``[0, length)`` with calls of that function, a truncation policy for example, sees every step of the batch.
+the time axis and returns the number of time steps and a function ``cut(start, steps)``, which like torch.narrow
+gives the chunk of that many steps from `start` on. Chunks have the nest of the batch and are views, so that a long
+batch on the host costs the device one chunk at a time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import PackedSequence
 from ignite_tbptt import nest
 from ignite_tbptt.nest import Path
 
-Chunk = Callable[[int, int], Any]
-"""From a start and a stop in time steps to the part of the batch between them."""
+Cut = Callable[[int, int], Any]
+"""From a start and a number of time steps to that part of the batch."""
 
-SplitBatch = Callable[[Any, int], tuple[int, Chunk]]
+SplitBatch = Callable[[Any, int], tuple[int, Cut]]
 """From a batch and its time axis to the number of time steps and the function that cuts chunks out of it."""
 
 
@@ -31,7 +31,7 @@ def split_sequence(
     dim: int,
     static: Collection[Hashable] = (),
     final: Collection[Hashable] = (),
-) -> tuple[int, Chunk]:
+) -> tuple[int, Cut]:
     """Cut a nested batch along its time axis.
 
     Every tensor of the batch is cut into views along `dim`; what is not a tensor goes with every chunk as it is.
@@ -56,7 +56,7 @@ def split_sequence(
             is None, so the gradient comes from the last window.
 
     Returns:
-        The number of time steps, and the function ``(start, stop) -> chunk``.
+        The number of time steps, and the function ``cut(start, steps)``.
 
     Raises:
         ValueError: no tensor has a time axis, `dim` is out of range for one of them, they disagree about the
@@ -70,15 +70,11 @@ def split_sequence(
         names = ", ".join(nest.spell("batch", path) for path in plan.unseen)
         raise ValueError(f"static and final must name entries of the batch, but it has no {names}.")
     plan.length = _agreed_length(plan.lengths, dim)
-    return plan.length, lambda start, stop: cut(start, stop - start)
+    return plan.length, cut
 
 
 def _as_path(entry: Hashable) -> Path:
     return entry if isinstance(entry, tuple) else (entry,)
-
-
-_Cutter = Callable[[int, int], Any]
-"""From a start and a number of time steps to the part of one node of the batch."""
 
 
 class _Plan:
@@ -94,7 +90,7 @@ class _Plan:
         self.lengths: dict[str, int] = {}
         self.length = 0
 
-    def cutter(self, node: Any, path: Path) -> _Cutter:
+    def cutter(self, node: Any, path: Path) -> Cut:
         if path in self.whole:
             self.unseen.discard(path)
             if self.whole[path]:
@@ -108,6 +104,8 @@ class _Plan:
         if pairs is None:
             return lambda start, steps: node
         cutters = [self.cutter(child, (*path, key)) for key, child in pairs]
+        if type(node) is tuple:  # the usual (x, y)
+            return lambda start, steps: tuple([cut(start, steps) for cut in cutters])
         return lambda start, steps: nest.rebuild(node, [cut(start, steps) for cut in cutters])
 
 

@@ -22,8 +22,8 @@ from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchan
 from ignite_tbptt.hidden import detach_hidden, scale_gradient, warn_if_bidirectional
 from ignite_tbptt.optimization import Accumulation, OptimizerStep, as_accumulation
 from ignite_tbptt.resume import DeterministicTimeEngine, TimeEngine, carry_hidden
-from ignite_tbptt.sequence import Chunk, SplitBatch, split_sequence
-from ignite_tbptt.truncation import Segment, TruncationPolicy, Window, as_policy, check_tbtt_step, plan_windows
+from ignite_tbptt.sequence import Cut, SplitBatch, split_sequence
+from ignite_tbptt.truncation import TruncationPolicy, Window, as_policy, check_tbtt_step, plan_windows
 
 _prepare_batch = prepare_batch  # the arguments of that name hide the function
 
@@ -41,15 +41,18 @@ class _Chunks:
     would cost a small model more than all events together.
     """
 
-    cut: Chunk
+    cut: Cut
     hidden: HiddenThroughBatch
     total: Any = 0.0
     steps: float = 0.0
     has_target: bool = False
     heard: bool = True
 
-    def add_loss(self, value: Any, steps: float) -> None:
-        self.total = self.total + steps * value
+    def add_loss(self, loss: Any, steps: float) -> None:
+        if isinstance(loss, torch.Tensor):
+            # Not a number yet: an output_transform without .item() keeps a GPU from waiting at every window.
+            loss = loss.detach() if loss.device.type == "mps" else loss.detach().double()
+        self.total = self.total + steps * loss
         self.steps += steps
 
     def mean_loss(self) -> float:
@@ -82,7 +85,7 @@ class TbpttTrainingStep:
         state: Any = engine.state
         cut, windows = self._plan(state, batch)
         state.time_iterations_per_sequence = len(windows)
-        first = cut(windows[0][0].start, windows[0][0].stop)
+        first = cut(0, windows[0][0].stop)
         chunks = _Chunks(cut, self.carry.through(state, windows, first, detach_hidden))
         for group in self.accumulation.groups(windows):
             self._run_group(engine, group, chunks)
@@ -97,7 +100,7 @@ class TbpttTrainingStep:
         chunks.hidden.leave()
         return chunks.mean_loss()
 
-    def _plan(self, state: Any, batch: Any) -> tuple[Chunk, list[Window]]:
+    def _plan(self, state: Any, batch: Any) -> tuple[Cut, list[Window]]:
         try:
             length, cut = self.split_batch(batch, self.carry.dim)
             windows = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
@@ -118,7 +121,8 @@ class TbpttTrainingStep:
         state: Any = engine.state
         expected, share = self.accumulation.expected(group), 0.0
         for window in group:
-            x, y = self.forward.prepare(chunks.cut(window[0].start, window[0].stop))
+            first = window[0]
+            x, y = self.forward.prepare(chunks.cut(first.start, first.stop - first.start))
             chunks.hidden.enter(window)
             state.time_iteration += 1
             chunks.heard |= fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
@@ -130,7 +134,7 @@ class TbpttTrainingStep:
             x, y, y_pred, loss, counts = self._run_window(window, x, y, chunks)
             share += self._backward(loss, y_pred, counts, expected)
             state.output = self.output_transform(x, y, y_pred, loss)
-            chunks.add_loss(self._number(state.output, loss), sum(counts))
+            chunks.add_loss(state.output if self.output_transform is loss_item else loss, sum(counts))
             del x, y, y_pred, loss  # the next chunk does not have to fit beside this one
             if share and window is group[-1]:
                 chunks.heard |= self._take_step(engine, expected / share)
@@ -148,29 +152,34 @@ class TbpttTrainingStep:
         hidden = chunks.hidden.start(x)
         losses: list[Any] = []
         counts: list[float] = []
-        for segment in window:
-            if losses:
-                x, y = self.forward.prepare(chunks.cut(segment.start, segment.stop))
-                hidden = scale_gradient(hidden, segment.carry_scale)
-            if y is None:
-                count: float = 0
-            else:
+        for start, stop, carry_scale, loss_weight in window:
+            if counts:
+                x, y = self.forward.prepare(chunks.cut(start, stop - start))
+                hidden = scale_gradient(hidden, carry_scale)
+            count: float = 0
+            if y is not None:
                 chunks.has_target = True
-                count = self._count(x, y, segment)
-            with self.forward.autocast(x):
-                y_pred, hidden = self.forward.predict(x, hidden)
-                losses.append(_checked_loss(self.loss_fn(y_pred, y)) if count else None)
+                if loss_weight:
+                    count = stop - start if self.loss_weight is None else self._count(x, y)
+            if self.forward.amp_mode is None:
+                y_pred, hidden, loss = self._run_segment(x, y, hidden, count)
+            else:
+                with self.forward.autocast(x):
+                    y_pred, hidden, loss = self._run_segment(x, y, hidden, count)
+            losses.append(loss)
             counts.append(count)
-            chunks.hidden.reach(segment.stop, hidden)
-        return x, y, y_pred, self._window_loss(window, losses, counts), counts
+            chunks.hidden.reach(stop, hidden)
+        if len(window) > 1 or loss_weight != 1.0 or not count:
+            loss = self._window_loss(window, losses, counts)
+        return x, y, y_pred, loss, counts
 
-    def _count(self, x: Any, y: Any, segment: Segment) -> float:
-        """Return how many time steps of a segment count."""
-        if not segment.loss_weight:
-            return 0
-        if self.loss_weight is None:
-            return segment.stop - segment.start
-        count = float(self.loss_weight(x, y))
+    def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
+        y_pred, hidden = self.forward.predict(x, hidden)
+        return y_pred, hidden, _checked_loss(self.loss_fn(y_pred, y)) if count else None
+
+    def _count(self, x: Any, y: Any) -> float:
+        """Return how many time steps of a chunk count, by the user's `loss_weight`."""
+        count = float(self.loss_weight(x, y))  # type: ignore[misc]
         if not (math.isfinite(count) and count >= 0):
             raise ValueError(
                 f"loss_weight must return a finite number that is not negative, the steps that count, got {count}."
@@ -178,10 +187,11 @@ class TbpttTrainingStep:
         return count
 
     def _window_loss(self, window: Window, losses: Sequence[Any], counts: Sequence[float]) -> Any:
+        """Return one loss for the segments of a window; that of a single segment of weight 1 is its own."""
         if not any(counts):
             return torch.zeros(())
         terms = [
-            loss if factor == 1.0 else factor * loss
+            factor * loss
             for factor, loss in zip(self.accumulation.coefficients(window, counts), losses, strict=True)
             if loss is not None
         ]
@@ -199,13 +209,6 @@ class TbpttTrainingStep:
             self.step.backward(_zero_through(y_pred))
         return shared
 
-    def _number(self, output: Any, loss: Any) -> Any:
-        if self.output_transform is loss_item:
-            return float(output)
-        # No number yet: an output_transform without .item() keeps a GPU from waiting at every window.
-        loss = loss.detach()
-        return loss if loss.device.type == "mps" else loss.double()
-
     def _take_step(self, engine: Engine, factor: float) -> bool:
         """Step on the gradients, unless a handler that looks at them asks to terminate.
 
@@ -213,7 +216,8 @@ class TbpttTrainingStep:
             Whether a handler ran.
         """
         heard = has_listeners(engine, Tbptt_Events.BACKWARD_COMPLETED)
-        if self.step.take(factor, lambda: not (heard and fire_and_ask(engine, Tbptt_Events.BACKWARD_COMPLETED))):
+        look = (lambda: not fire_and_ask(engine, Tbptt_Events.BACKWARD_COMPLETED)) if heard else None
+        if self.step.take(factor, look):
             engine.state.optimizer_step += 1  # type: ignore[attr-defined]
             heard |= fire(engine, Tbptt_Events.OPTIMIZER_STEP_COMPLETED)
         return heard
