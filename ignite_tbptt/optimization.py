@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
 
+import torch
+
+from ignite_tbptt import nest
 from ignite_tbptt.truncation import Window, loss_coefficients
 
 
@@ -170,3 +173,36 @@ class OptimizerStep:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
+
+
+def checked_loss(loss: Any) -> Any:
+    """Return a loss that can be back-propagated, or say why it cannot.
+
+    Raises:
+        TypeError: `loss` is no tensor.
+        ValueError: `loss` is not a scalar, or has no graph.
+    """
+    if not hasattr(loss, "backward"):
+        raise TypeError(
+            f"loss_fn must return a scalar tensor, got {type(loss).__name__}: compute the loss with torch operations."
+        )
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss_fn must return a scalar, got a tensor of shape {tuple(loss.shape)}: reduce it (mean or sum) "
+                "over the batch and the time steps of the chunk."
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss does not require grad: nothing that led to it can be trained. Most likely the graph is cut "
+                "inside the model: look for .item(), .numpy(), .detach(), .data, torch.tensor(...) of computed values, "
+                "torch.no_grad(), or an operation without a gradient (argmax, a comparison). Or every parameter is "
+                "frozen (requires_grad=False)."
+            )
+    return loss
+
+
+def zero_through(y_pred: Any) -> torch.Tensor:
+    """Return a loss of 0 whose backward reaches what `y_pred` was made from."""
+    sums = [tensor.sum() for tensor in nest.tensors(y_pred) if tensor.requires_grad]
+    return torch.stack(sums).sum() * 0.0

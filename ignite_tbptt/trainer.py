@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 
-from ignite_tbptt import nest
+from ignite_tbptt import ranks
 from ignite_tbptt.carry import HiddenCarry, HiddenThroughBatch
 from ignite_tbptt.events import Tbptt_Events, fire, fire_and_ask, has_listeners, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchanged, warn_if_underflow
 from ignite_tbptt.hidden import detach_hidden, scale_gradient, warn_if_bidirectional
-from ignite_tbptt.optimization import Accumulation, OptimizerStep, as_accumulation
+from ignite_tbptt.optimization import Accumulation, OptimizerStep, as_accumulation, checked_loss, zero_through
+from ignite_tbptt.ranks import REFUSED
 from ignite_tbptt.resume import DeterministicTimeEngine, TimeEngine, carry_hidden
 from ignite_tbptt.sequence import Cut, SplitBatch, split_sequence
 from ignite_tbptt.truncation import TruncationPolicy, Window, as_policy, check_tbtt_step, plan_windows
@@ -105,15 +105,9 @@ class TbpttTrainingStep:
             length, cut = self.split_batch(batch, self.carry.dim)
             windows = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
         except Exception:
-            _on_all_ranks(-1)  # the others wait for this rank's number, and must not wait for ever
+            ranks.gather(REFUSED)  # the others wait for this rank's number, and must not wait for ever
             raise
-        counts = _on_all_ranks(len(windows))
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"the ranks would run different numbers of time iterations in iteration {state.iteration}: "
-                f"{_by_rank(counts)} (-1: the batch was refused there). Ranks that average their gradients must run "
-                "the same number: give them batches of the same length, and the same tbtt_step."
-            )
+        ranks.require_same(f"time iterations in iteration {state.iteration}", len(windows))
         return cut, windows
 
     def _run_group(self, engine: Engine, group: Sequence[Window], chunks: _Chunks) -> None:
@@ -175,7 +169,7 @@ class TbpttTrainingStep:
 
     def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
         y_pred, hidden = self.forward.predict(x, hidden)
-        return y_pred, hidden, _checked_loss(self.loss_fn(y_pred, y)) if count else None
+        return y_pred, hidden, checked_loss(self.loss_fn(y_pred, y)) if count else None
 
     def _count(self, x: Any, y: Any) -> float:
         """Return how many time steps of a chunk count, by the user's `loss_weight`."""
@@ -200,13 +194,13 @@ class TbpttTrainingStep:
     def _backward(self, loss: Any, y_pred: Any, counts: Sequence[float], expected: float) -> float:
         """Back-propagate the window's part of the step's loss and return its share, averaged over the ranks."""
         share = shared = self.accumulation.share(counts)
-        if self.loss_weight is not None and idist.get_world_size() > 1:
+        if self.loss_weight is not None and ranks.count() > 1:
             # Which steps count is known to each rank alone, yet all must take part in the same backward passes.
-            shared = sum(_on_all_ranks(share)) / idist.get_world_size()
+            shared = sum(ranks.gather(share)) / ranks.count()
         if share:
             self.step.backward(loss if share == expected else loss * (share / expected))
         elif shared:
-            self.step.backward(_zero_through(y_pred))
+            self.step.backward(zero_through(y_pred))
         return shared
 
     def _take_step(self, engine: Engine, factor: float) -> bool:
@@ -221,54 +215,6 @@ class TbpttTrainingStep:
             engine.state.optimizer_step += 1  # type: ignore[attr-defined]
             heard |= fire(engine, Tbptt_Events.OPTIMIZER_STEP_COMPLETED)
         return heard
-
-
-def _checked_loss(loss: Any) -> Any:
-    if not hasattr(loss, "backward"):
-        raise TypeError(
-            f"loss_fn must return a scalar tensor, got {type(loss).__name__}: compute the loss with torch operations."
-        )
-    if isinstance(loss, torch.Tensor):
-        if loss.numel() != 1:
-            raise ValueError(
-                f"loss_fn must return a scalar, got a tensor of shape {tuple(loss.shape)}: reduce it (mean or sum) "
-                "over the batch and the time steps of the chunk."
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss does not require grad: nothing that led to it can be trained. Most likely the graph is cut "
-                "inside the model: look for .item(), .numpy(), .detach(), .data, torch.tensor(...) of computed values, "
-                "torch.no_grad(), or an operation without a gradient (argmax, a comparison). Or every parameter is "
-                "frozen (requires_grad=False)."
-            )
-    return loss
-
-
-def _zero_through(y_pred: Any) -> torch.Tensor:
-    """Return a loss of 0 whose backward reaches what `y_pred` was made from."""
-    sums = [tensor.sum() for tensor in nest.tensors(y_pred) if tensor.requires_grad]
-    return torch.stack(sums).sum() * 0.0
-
-
-def _on_all_ranks(number: float) -> list[float]:
-    """Return the number of every rank, in the order of ranks."""
-    if idist.get_world_size() == 1:
-        return [number]
-    numbers: Any = idist.all_gather(torch.tensor([float(number)], device=idist.device()))
-    return [float(value) for value in numbers]
-
-
-def _by_rank(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:g} on rank {rank}" for rank, number in enumerate(numbers))
-
-
-def _require_one_epoch_length(engine: Engine) -> None:
-    lengths = _on_all_ranks(-1 if engine.state.epoch_length is None else engine.state.epoch_length)
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"the ranks would run different numbers of batches in an epoch: {_by_rank(lengths)}. Ranks that average "
-            "their gradients must run the same number."
-        )
 
 
 def supervised_tbptt_training_step(
@@ -468,3 +414,8 @@ def _device_type(device: str | torch.device | None) -> str:
     if device is not None:
         return torch.device(device).type
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _require_one_epoch_length(engine: Engine) -> None:
+    length = engine.state.epoch_length
+    ranks.require_same("batches in an epoch", ranks.REFUSED if length is None else length)

@@ -1,0 +1,47 @@
+"""What the ranks of a distributed run must agree on before they start, so that a mismatch is an error and not a hang.
+
+Ranks that average their gradients meet at every backward; one that runs fewer of them leaves the others waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+
+REFUSED = -1
+"""The number that a rank gives which has none, because its batch was refused or its data have no length."""
+
+
+def count() -> int:
+    """Return the number of ranks."""
+    return idist.get_world_size()
+
+
+def gather(number: float) -> list[float]:
+    """Return the number of every rank, in the order of ranks."""
+    if count() == 1:
+        return [number]
+    numbers: Any = idist.all_gather(torch.tensor([float(number)], device=idist.device()))
+    return [float(value) for value in numbers]
+
+
+def require_same(what: str, number: int) -> None:
+    """Compare a number over the ranks.
+
+    Raises:
+        ValueError: on every rank, if they differ.
+    """
+    numbers = gather(number)
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            f"the ranks would run different numbers of {what}: {_by_rank(numbers)} ({REFUSED}: none, the batch was "
+            "refused or has no length there). Ranks that average their gradients must run the same: give them batches "
+            "of one length and the same tbtt_step (ContiguousStreams gives each rank an equal share)."
+        )
+
+
+def _by_rank(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g} on rank {rank}" for rank, number in enumerate(numbers))
