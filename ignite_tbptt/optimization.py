@@ -33,8 +33,8 @@ class Accumulation(Protocol):
         """Return the sum of the shares of `group` if every time step counts."""
         ...
 
-    def share(self, counts: Sequence[float]) -> float:
-        """Return the share of a window whose segments have these numbers of counting steps."""
+    def share(self, steps: float) -> float:
+        """Return the share of a window in which so many steps count."""
         ...
 
     def coefficients(self, window: Window, counts: Sequence[float]) -> list[float]:
@@ -59,9 +59,9 @@ class PerWindows:
         """Return the number of windows."""
         return len(group)
 
-    def share(self, counts: Sequence[float]) -> float:
+    def share(self, steps: float) -> float:
         """Return 1 for a window that has a loss."""
-        return 1.0 if sum(counts) > 0 else 0.0
+        return 1.0 if steps else 0.0
 
     def coefficients(self, window: Window, counts: Sequence[float]) -> list[float]:
         """Return the loss weights that the truncation policy gave, adapted to where steps count."""
@@ -84,9 +84,9 @@ class PerSequence:
         """Return the number of time steps."""
         return sum(stop - start for window in group for start, stop, _, loss_weight in window if loss_weight)
 
-    def share(self, counts: Sequence[float]) -> float:
+    def share(self, steps: float) -> float:
         """Return the number of counting steps."""
-        return sum(counts)
+        return steps
 
     def coefficients(self, window: Window, counts: Sequence[float]) -> list[float]:
         """Return the share of each segment in the counting steps of the window."""

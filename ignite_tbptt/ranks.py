@@ -28,6 +28,12 @@ def gather(number: float) -> list[float]:
     return [float(value) for value in numbers]
 
 
+def mean(number: float) -> float:
+    """Return the mean of a number over the ranks."""
+    numbers = gather(number)
+    return sum(numbers) / len(numbers)
+
+
 def require_same(what: str, number: int) -> None:
     """Compare a number over the ranks.
 

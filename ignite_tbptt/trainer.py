@@ -48,13 +48,6 @@ class _Chunks:
     has_target: bool = False
     heard: bool = True
 
-    def add_loss(self, loss: Any, steps: float) -> None:
-        if isinstance(loss, torch.Tensor):
-            # Not a number yet: an output_transform without .item() keeps a GPU from waiting at every window.
-            loss = loss.detach() if loss.device.type == "mps" else loss.detach().double()
-        self.total = self.total + steps * loss
-        self.steps += steps
-
     def mean_loss(self) -> float:
         return float(self.total) / self.steps if self.steps else 0.0
 
@@ -125,10 +118,18 @@ class TbpttTrainingStep:
                 chunks.heard = False
             if window is group[0]:
                 self.step.zero()
-            x, y, y_pred, loss, counts = self._run_window(window, x, y, chunks)
-            share += self._backward(loss, y_pred, counts, expected)
+            x, y, y_pred, loss, steps = self._run_window(window, x, y, chunks)
+            part = self.accumulation.share(steps)
+            # Which steps count is known to each rank alone, yet all must take part in the same backward passes.
+            joint = part if self.loss_weight is None else ranks.mean(part)
+            if part:
+                self.step.backward(loss if part == expected else loss * (part / expected))
+            elif joint:
+                self.step.backward(zero_through(y_pred))
+            share += joint
             state.output = self.output_transform(x, y, y_pred, loss)
-            chunks.add_loss(state.output if self.output_transform is loss_item else loss, sum(counts))
+            chunks.steps += steps
+            chunks.total += steps * (state.output if self.output_transform is loss_item else _without_sync(loss))
             del x, y, y_pred, loss  # the next chunk does not have to fit beside this one
             if share and window is group[-1]:
                 chunks.heard |= self._take_step(engine, expected / share)
@@ -136,12 +137,12 @@ class TbpttTrainingStep:
             if stop_requested(engine):
                 return
 
-    def _run_window(self, window: Window, x: Any, y: Any, chunks: _Chunks) -> tuple[Any, Any, Any, Any, list[float]]:
+    def _run_window(self, window: Window, x: Any, y: Any, chunks: _Chunks) -> tuple[Any, Any, Any, Any, float]:
         """Run the segments of a window in one graph.
 
         Returns:
             (x, y, y_pred) of the last segment, the loss (a zero without a graph where no step counts), and how many
-            time steps of each segment count.
+            time steps count.
         """
         hidden = chunks.hidden.start(x)
         losses: list[Any] = []
@@ -163,9 +164,9 @@ class TbpttTrainingStep:
             losses.append(loss)
             counts.append(count)
             chunks.hidden.reach(stop, hidden)
-        if len(window) > 1 or loss_weight != 1.0 or not count:
-            loss = self._window_loss(window, losses, counts)
-        return x, y, y_pred, loss, counts
+        if len(window) == 1 and loss_weight == 1.0 and count:
+            return x, y, y_pred, loss, count
+        return x, y, y_pred, self._window_loss(window, losses, counts), sum(counts)
 
     def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
         y_pred, hidden = self.forward.predict(x, hidden)
@@ -191,18 +192,6 @@ class TbpttTrainingStep:
         ]
         return terms[0] if len(terms) == 1 else sum(terms)
 
-    def _backward(self, loss: Any, y_pred: Any, counts: Sequence[float], expected: float) -> float:
-        """Back-propagate the window's part of the step's loss and return its share, averaged over the ranks."""
-        share = shared = self.accumulation.share(counts)
-        if self.loss_weight is not None and ranks.count() > 1:
-            # Which steps count is known to each rank alone, yet all must take part in the same backward passes.
-            shared = sum(ranks.gather(share)) / ranks.count()
-        if share:
-            self.step.backward(loss if share == expected else loss * (share / expected))
-        elif shared:
-            self.step.backward(zero_through(y_pred))
-        return shared
-
     def _take_step(self, engine: Engine, factor: float) -> bool:
         """Step on the gradients, unless a handler that looks at them asks to terminate.
 
@@ -215,6 +204,12 @@ class TbpttTrainingStep:
             engine.state.optimizer_step += 1  # type: ignore[attr-defined]
             heard |= fire(engine, Tbptt_Events.OPTIMIZER_STEP_COMPLETED)
         return heard
+
+
+def _without_sync(loss: Any) -> Any:
+    """Return the loss as a tensor that adds up: an output_transform without .item() keeps a GPU from waiting."""
+    loss = loss.detach()
+    return loss if loss.device.type == "mps" else loss.double()
 
 
 def supervised_tbptt_training_step(

@@ -20,10 +20,10 @@ def test_groups_of_windows_end_with_what_is_left() -> None:
 
 def test_shares_are_counted_in_windows_or_in_steps() -> None:
     assert PerWindows(2).expected(WINDOWS[:2]) == 2
-    assert PerWindows(2).share([3]) == 1
-    assert PerWindows(2).share([0]) == 0
+    assert PerWindows(2).share(3) == 1
+    assert PerWindows(2).share(0) == 0
     assert PerSequence().expected(WINDOWS) == 9
-    assert PerSequence().share([0, 3]) == 3
+    assert PerSequence().share(3) == 3
 
 
 @pytest.mark.parametrize("value", [0, -1])
