@@ -14,7 +14,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
 from ignite_tbptt.blackbox.forward_watch import CallWatch, ForwardWatch, ModuleCall
+from ignite_tbptt.blackbox.module_state import attributes_kept
 from ignite_tbptt.blackbox.random_streams import random_streams_kept
 from ignite_tbptt.blackbox.reach import Reach, carries_gradient, tensors_in
 
-__all__ = ["find_graph_cuts"]
+__all__ = ["find_graph_cuts", "is_compiled", "unwrapped"]
+
+_Model = TypeVar("_Model", bound=Callable[..., Any])
 
 
 def find_graph_cuts(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> GraphCutReport:
@@ -43,10 +46,10 @@ def find_graph_cuts(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> G
         >>> print(report.modules, report[0].calls[0].label)
         ['1'] .tolist()
 
-    The model runs once, with gradients enabled and in the train/eval mode it is in. Its parameters, buffers and the
-    random streams of torch, numpy and ``random`` are afterwards as they were; attributes that its ``forward`` sets are
-    not. A model that is wrapped in DistributedDataParallel, DataParallel or ``torch.compile`` is watched inside its
-    wrapper, and named from there.
+    The model runs once, with gradients enabled and in the train/eval mode it is in. Its parameters, buffers, attributes
+    and the random streams of torch, numpy and ``random`` are afterwards as they were; objects that its ``forward``
+    changes inside, such as a list it appends to, are not. A model that is wrapped in DistributedDataParallel,
+    DataParallel or ``torch.compile`` is watched inside its wrapper, and named from there.
 
     What is followed: parameters that require grad and are used in this pass, and inputs that require grad. Where there
     are neither, the floating-point inputs are followed as if they did.
@@ -65,7 +68,7 @@ def find_graph_cuts(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> G
     """
     if not callable(model):
         raise TypeError(f"model must be a module or a function, got {model!r} of type {type(model).__name__}")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     inputs, kwargs, sources = _sources(model, inputs, kwargs)
     watch = ForwardWatch(Reach(sources), _module_names(model))
     with contextlib.ExitStack() as stack:
@@ -77,7 +80,8 @@ def find_graph_cuts(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> G
     return _report(watch, outputs)
 
 
-def _unwrapped(model: Callable[..., Any]) -> Callable[..., Any]:
+def unwrapped(model: _Model) -> _Model:
+    """The model inside DistributedDataParallel, DataParallel and ``torch.compile``."""
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
@@ -85,6 +89,11 @@ def _unwrapped(model: Callable[..., Any]) -> Callable[..., Any]:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or to a module in it."""
+    return any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
 
 
 def _module_names(model: Callable[..., Any]) -> dict[int, str]:
@@ -148,10 +157,10 @@ def _nothing_left_behind(model: Callable[..., Any]) -> Iterator[None]:
     """Keep the random streams, run compiled modules eagerly and stay silent about conversions that are the finding."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_streams_kept())
-        modules = list(model.modules()) if isinstance(model, nn.Module) else []
-        compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in modules)
-        if compiled and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if isinstance(model, nn.Module):
+            stack.enter_context(attributes_kept(model))
+            if is_compiled(model) and hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
         warnings.filterwarnings("ignore", message="To copy construct from a tensor")

@@ -47,7 +47,7 @@ class RandomStreams:
     @classmethod
     def now(cls) -> RandomStreams:
         """Hold the present state of every stream."""
-        used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
         cuda = torch.cuda.get_rng_state_all() if used else []
         return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
 

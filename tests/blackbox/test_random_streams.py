@@ -33,7 +33,12 @@ def test_the_streams_are_put_back_when_the_block_raises() -> None:
     streams = RandomStreams.now()
     expected = draw()
     streams.restore()
-    with pytest.raises(KeyError), random_streams_kept():
+
+    @random_streams_kept()
+    def draw_and_fail() -> None:
         draw()
         raise KeyError
+
+    with pytest.raises(KeyError):
+        draw_and_fail()
     assert draw() == expected

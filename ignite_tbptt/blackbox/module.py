@@ -1,0 +1,401 @@
+"""Finite differences for an nn.Module: gradients for its inputs and its parameters, by hooks on the module itself.
+
+The idea: let the module's own forward run, once and untouched; a forward hook then detaches what came out and gives it
+a ``grad_fn`` whose backward evaluates ``module.forward`` at moved inputs and parameters. The module stays the object it
+is, so state_dict keys, optimizers, deepcopy, pickling and DistributedDataParallel notice nothing. Evaluations go
+through `torch.func.functional_call`, never through in-place moves of a weight, and start from the `ModuleState` in
+which the forward began. Pairs with every estimator and evaluator; `handler` decides which modules are bound and for how
+long.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
+from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator, SerialEvaluation
+from ignite_tbptt.blackbox.function import blackbox, differentiable_call
+from ignite_tbptt.blackbox.module_state import ModuleState, outside_compiled_code
+from ignite_tbptt.blackbox.reach import Reach, tensors_in
+
+__all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]
+
+
+class _Placeholder(Enum):
+    # an enum member stays the same object through pickle and deepcopy
+    TENSOR = "tensor"
+
+
+_TENSOR = _Placeholder.TENSOR
+
+
+class _Inputs:
+    """The shape of one call's arguments: where the tensors were among the rest."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], owner: str) -> None:
+        leaves, self._spec = tree_flatten((args, kwargs))
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) and any(tensor.requires_grad for tensor in tensors_in(leaf)):
+                raise TypeError(
+                    f"{owner}: an input of type {type(leaf).__name__} holds tensors that require grad, which finite "
+                    "differences cannot reach; pass the tensors themselves, or register the type with torch's pytree"
+                )
+        self.count = sum(isinstance(leaf, Tensor) for leaf in leaves)
+        # placeholders where tensors were, so that the graph does not keep the caller's tensors alive
+        self._rest = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments again, with other tensors in the places of these."""
+        replacements = iter(tensors)
+        leaves = [next(replacements) if leaf is _TENSOR else leaf for leaf in self._rest]
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+
+class _Call:
+    """One call of a module as a function of a flat list of tensors: those among its inputs, then its parameters."""
+
+    def __init__(self, module: nn.Module, state: ModuleState, inputs: _Inputs, *, hooked: bool) -> None:
+        self._module = module
+        self._state = state
+        self._inputs = inputs
+        self._hooked = hooked
+        self._parameters = [name for name, value in module.named_parameters() if value.requires_grad]
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        args, kwargs = self._inputs.with_tensors(tensors)
+        moved = dict(zip(self._parameters, tensors[self._inputs.count :], strict=True))
+        with self._state.entered(self._module) as buffers:
+            if self._hooked:
+                return torch.func.functional_call(self._module, {**buffers, **moved}, args, kwargs)
+            by_name = {f"module.{name}": tensor for name, tensor in {**buffers, **moved}.items()}
+            return torch.func.functional_call(_BareForward(self._module), by_name, args, kwargs)
+
+    def differentiable(
+        self,
+        outputs: Any,
+        tensors: Sequence[Tensor],
+        estimator: Estimator,
+        evaluator: Evaluator,
+        count: EvaluationCount,
+    ) -> Any:
+        """The outputs of this call with a ``grad_fn``, where any of the tensors requires grad."""
+        if not any(tensor.requires_grad for tensor in tensors):
+            return outputs
+        return differentiable_call(
+            self,
+            tensors,
+            estimator=estimator,
+            evaluator=evaluator,
+            count=count,
+            outputs=tree_map(_detached, outputs),
+            streams=self._state.streams,
+        )
+
+
+class _BareForward(nn.Module):
+    """Calls a module's forward without its hooks; exists because functional_call takes modules only."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A forward that is under way: the state it began in and the inputs it was called with."""
+
+    state: ModuleState
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Binding:
+    """Finite differences on one module, as a pair of forward hooks.
+
+    Make one with `bind`. While it is active, a forward with gradients enabled gives outputs whose backward evaluates
+    the module's forward at moved inputs and parameters, as the estimator says. Only inputs and parameters that require
+    grad cost evaluations. The hook on the output goes before the user's own hooks and the one on the inputs after them,
+    so that theirs are differentiated by autograd and run once a forward, not once an evaluation.
+
+    Copies of the module (deepcopy) share its binding: they stop when it is removed.
+
+    Attributes:
+        name: what the module is called in messages.
+        count: evaluations and seconds spent in them.
+        active: False once removed.
+    """
+
+    def __init__(self, name: str, estimator: Estimator, evaluator: Evaluator, count: EvaluationCount) -> None:
+        self.name = name
+        self.count = count
+        self.active = True
+        self._estimator = estimator
+        self._evaluator = evaluator
+        self._begun: dict[tuple[int, int], list[_Begun | None]] = {}
+        self._checked = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_begun": {}}
+
+    @outside_compiled_code
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The hook before a forward: hold the state it starts from, and hand the module copies of its inputs."""
+        waiting = self._begun.setdefault((threading.get_ident(), id(module)), [])
+        if not (torch.is_grad_enabled() and self._in_charge(module)):
+            waiting.append(None)
+            return None
+        state = ModuleState.of(module)
+        self._warn_once_of_hidden_gradients(module, state)
+        waiting.append(_Begun(state, args, kwargs))
+        copies: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_copied, (args, kwargs))
+        return copies
+
+    @outside_compiled_code
+    def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        """The hook after a forward, also one that raised: give what came out a gradient by finite differences."""
+        waiting = self._begun.get((threading.get_ident(), id(module)), [])
+        begun = waiting.pop() if waiting else None
+        if begun is None or outputs is None:
+            return None
+        # A full backward hook hands its inputs through a node of its own, which the gradient has to pass.
+        hooked = bool(module._backward_hooks or module._backward_pre_hooks)
+        args, kwargs = args if hooked else begun.args, begun.kwargs
+        call = _Call(module, begun.state, _Inputs(args, kwargs, self.name), hooked=False)
+        tensors = _tensors_of_call(module, args, kwargs)
+        self._warn_once_where_autograd_sees(tensors, outputs)
+        return call.differentiable(outputs, tensors, self._estimator, self._evaluator, self.count)
+
+    def _in_charge(self, module: nn.Module) -> bool:
+        """Of several bindings on one module the one that came last answers, the others stand by."""
+        return next((binding for binding in bindings_of(module) if binding.active), None) is self
+
+    def _warn_once_of_hidden_gradients(self, module: nn.Module, state: ModuleState) -> None:
+        names = state.tensors_in_a_graph(module) if not self._checked else []
+        if names:
+            warnings.warn(
+                f"{self.name}: attribute {names[0]!r} holds a tensor that requires grad but is neither a parameter nor "
+                "an input of forward; if forward uses it, its gradient is lost. Pass it to forward as an argument, or "
+                "detach it; for weight_norm and spectral_norm use those of torch.nn.utils.parametrizations",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _warn_once_where_autograd_sees(self, tensors: list[Tensor], outputs: Any) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        reach = Reach({str(index): tensor for index, tensor in enumerate(tensors) if tensor.requires_grad})
+        if reach.names and reach.of(outputs).live == (1 << len(reach.names)) - 1:
+            warnings.warn(
+                f"{self.name}: autograd sees through this module without help; finite differences now replace exact "
+                "gradients, at the price of many evaluations. Leave it out of modules=...",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def bind(
+    module: nn.Module,
+    *,
+    name: str | None = None,
+    estimator: Estimator | None = None,
+    evaluator: Evaluator | None = None,
+    count: EvaluationCount | None = None,
+) -> Callable[[], None]:
+    """Give a module finite-difference gradients, in place; returns the function that takes them away again.
+
+    Example::
+
+        >>> import torch
+        >>> from ignite_tbptt.blackbox.module import bind
+        >>> class Square(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.from_numpy(x.detach().numpy() ** 2)
+        >>> square, x = Square(), torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> remove = bind(square)
+        >>> square(x).sum().backward()
+        >>> x.grad.round(decimals=2)
+        tensor([6., 8.])
+        >>> remove()
+
+    Args:
+        module: any module that runs in Python.
+        name: what to call it in messages; its class by default.
+        estimator: how the gradient is estimated; central differences by default.
+        evaluator: where the evaluations run; one after the other by default.
+        count: where to count evaluations and seconds.
+
+    Raises:
+        TypeError: module is not an nn.Module, or a ScriptModule, whose forward takes no hooks of this kind.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module must be a torch.nn.Module, got {type(module).__name__}; for a function use blackbox(fn)"
+        )
+    _refuse_script(module)
+    binding = Binding(
+        name if name is not None else type(module).__name__,
+        CentralDifference() if estimator is None else estimator,
+        SerialEvaluation() if evaluator is None else evaluator,
+        EvaluationCount() if count is None else count,
+    )
+    before = module.register_forward_pre_hook(binding.begin, with_kwargs=True)
+    after = module.register_forward_hook(binding.finish, with_kwargs=True, prepend=True, always_call=True)
+
+    def remove() -> None:
+        binding.active = False
+        before.remove()
+        after.remove()
+
+    return remove
+
+
+def bindings_of(module: nn.Module) -> list[Binding]:
+    """The bindings on a module, the one that came last first."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Binding)]
+
+
+def unbind(model: nn.Module) -> int:
+    """Remove every binding from a model and its submodules, e.g. from one loaded by pickle; returns how many.
+
+    Copies of the model that share a binding keep theirs.
+    """
+    removed = 0
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            ours = [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Binding)]
+            for key in ours:
+                del hooks[key]
+        # of each pair the one on the output was the last to be looked through
+        removed += len(ours)
+    return removed
+
+
+class Blackbox(nn.Module):
+    """A module, or a function, with gradients by finite differences for its inputs and parameters.
+
+    Example::
+
+        >>> import torch
+        >>> from ignite_tbptt.blackbox import Blackbox
+        >>> class Gain(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gain = torch.nn.Parameter(torch.tensor(2.0))
+        ...     def forward(self, x):
+        ...         return torch.tensor([float(self.gain) * value for value in x.tolist()])
+        >>> gain = Blackbox(Gain())
+        >>> gain(torch.tensor([1.0, 2.0])).sum().backward()
+        >>> round(gain.module.gain.grad.item(), 3), gain.nfev
+        (3.0, 2)
+
+    The module runs without gradients, on copies of its inputs, hooks and all; it may call ``.numpy()``, change what it
+    is given and return the same buffer every time. Where its place in a model has to keep its name and its state_dict
+    keys, use `bind` or `FiniteDifferenceGradients` instead.
+
+    Args:
+        module_or_fn: an nn.Module, or a function of tensors.
+        estimator: how the gradient is estimated; central differences by default.
+        evaluator: where the evaluations run; one after the other by default.
+        numpy: hand the function numpy arrays, as `blackbox` does; for functions only.
+
+    Raises:
+        TypeError: module_or_fn is not callable, or is a ScriptModule.
+        ValueError: numpy is asked for with a module.
+    """
+
+    def __init__(
+        self,
+        module_or_fn: Callable[..., Any],
+        *,
+        estimator: Estimator | None = None,
+        evaluator: Evaluator | None = None,
+        numpy: bool = False,
+    ) -> None:
+        super().__init__()
+        self.count = EvaluationCount()
+        self.estimator = CentralDifference() if estimator is None else estimator
+        self.evaluator = SerialEvaluation() if evaluator is None else evaluator
+        self.module: nn.Module | None = None
+        self._function: Callable[..., Any] | None = None
+        if isinstance(module_or_fn, nn.Module):
+            if numpy:
+                raise ValueError("numpy=True is for functions of arrays; a module is handed tensors, leave it out")
+            _refuse_script(module_or_fn)
+            self.module = module_or_fn
+        else:
+            self.fn = module_or_fn
+            self._function = blackbox(
+                module_or_fn, estimator=self.estimator, evaluator=self.evaluator, numpy=numpy, count=self.count
+            )
+
+    @property
+    def nfev(self) -> int:
+        """Evaluations spent on gradients so far."""
+        return self.count.nfev
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in those evaluations."""
+        return self.count.seconds
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The value of the module or function, with a ``grad_fn`` that evaluates it again."""
+        if self.module is None:
+            assert self._function is not None
+            return self._function(*args, **kwargs)
+        state = ModuleState.of(self.module)
+        copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
+        with torch.no_grad():
+            outputs = self.module(*copied_args, **copied_kwargs)
+        if not torch.is_grad_enabled():
+            return outputs
+        call = _Call(self.module, state, _Inputs(args, kwargs, type(self.module).__name__), hooked=True)
+        tensors = _tensors_of_call(self.module, args, kwargs)
+        return call.differentiable(outputs, tensors, self.estimator, self.evaluator, self.count)
+
+    def extra_repr(self) -> str:
+        """The estimator, and the function where there is one."""
+        name = "" if self._function is None else f"{getattr(self.fn, '__name__', self.fn)}, "
+        return f"{name}estimator={self.estimator}"
+
+
+def _refuse_script(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            "module is a ScriptModule, whose forward cannot be run with other tensors in the place of its parameters; "
+            "use the Python module that it was made of"
+        )
+
+
+def _tensors_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """What a call depends on, in the order in which `_Call` takes it."""
+    inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    return [*inputs, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
