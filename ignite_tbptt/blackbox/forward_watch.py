@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ignite_tbptt.blackbox.cut_report import CutCall
 from ignite_tbptt.blackbox.reach import Bits, Reach, carries_gradient, is_dead_node, tensors_in
 
-__all__ = ["CallWatch", "ForwardWatch", "ModuleCall"]
+__all__ = ["CallWatch", "ForwardWatch", "CallRecord"]
 
 # Comparisons and truth values: they often only decide a branch next to the call that really cut.
 _MASK_READS = frozenset({"__bool__", "equal", "allclose"})
@@ -37,7 +37,7 @@ _FUNCTION_FILE = os.path.join("torch", "autograd", "function.py")
 
 
 @dataclass(eq=False)
-class ModuleCall:
+class CallRecord:
     """What went into one call of a module, what was read in it, and what came out."""
 
     path: str
@@ -45,9 +45,9 @@ class ModuleCall:
     is_function: bool
     entered: int
     grad_enabled: bool
-    parent: ModuleCall | None
+    parent: CallRecord | None
     events: list[tuple[CutCall, int, int]] = field(default_factory=list)
-    children: list[ModuleCall] = field(default_factory=list)
+    children: list[CallRecord] = field(default_factory=list)
     left: Bits = field(default_factory=Bits)
     gives_float: bool = False
     gives_grad: bool = False
@@ -58,16 +58,16 @@ class ForwardWatch:
 
     def __init__(self, reach: Reach, names: dict[int, str]) -> None:
         self.reach = reach
-        self.root: ModuleCall | None = None
+        self.root: CallRecord | None = None
         self._names = names
-        self._current: ModuleCall | None = None
+        self._current: CallRecord | None = None
 
-    def enter(self, path: str, module: Any, arguments: Any) -> ModuleCall:
+    def enter(self, path: str, module: Any, arguments: Any) -> CallRecord:
         """Open the record of a call; calls until it is left are its children."""
         entered = self.reach.of(arguments).any
         name = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__name__", "function")
         function = not isinstance(module, nn.Module)
-        call = ModuleCall(path, name, function, entered, torch.is_grad_enabled(), self._current)
+        call = CallRecord(path, name, function, entered, torch.is_grad_enabled(), self._current)
         if self._current is not None:
             self._current.children.append(call)
         else:
@@ -75,7 +75,7 @@ class ForwardWatch:
         self._current = call
         return call
 
-    def leave(self, call: ModuleCall, outputs: Any) -> None:
+    def leave(self, call: CallRecord, outputs: Any) -> None:
         """Close the record of a call with what came out."""
         floats = [tensor for tensor in tensors_in(outputs) if carries_gradient(tensor)]
         call.left = self.reach.of(floats)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
-from ignite_tbptt.blackbox.forward_watch import CallWatch, ForwardWatch, ModuleCall
+from ignite_tbptt.blackbox.forward_watch import CallWatch, ForwardWatch, CallRecord
 from ignite_tbptt.blackbox.module_state import attributes_kept
 from ignite_tbptt.blackbox.random_streams import random_streams_kept
 from ignite_tbptt.blackbox.reach import Reach, carries_gradient, tensors_in
@@ -116,7 +116,8 @@ def _sources(
         seen: dict[str, Tensor] = {}
         for label, tensor in pairs:
             # a nest of several tensors is one argument: number what is inside it
-            seen[label if label not in seen else f"{label} ({len(seen)})"] = tensor
+            alike = sum(name.startswith(label) for name in seen)
+            seen[f"{label} ({alike + 1})" if alike else label] = tensor
         return seen
 
     sources = parameters | wanted()
@@ -203,7 +204,7 @@ class _Finding:
         return tuple(sorted(self.calls, key=self.calls.__getitem__))
 
 
-def _explain(call: ModuleCall, arrived: int, found: dict[tuple[str, CutKind], _Finding]) -> int:
+def _explain(call: CallRecord, arrived: int, found: dict[tuple[str, CutKind], _Finding]) -> int:
     """Attribute what is lost to the innermost calls; returns the bits accounted for in this call and below.
 
     A module that returns no floating-point tensor cannot carry a gradient whatever is done to it, and one that its
@@ -235,7 +236,7 @@ def _explain(call: ModuleCall, arrived: int, found: dict[tuple[str, CutKind], _F
     return explained | lost
 
 
-def _by_kind(call: ModuleCall, lost: int, severed: bool) -> list[tuple[CutKind, int]]:
+def _by_kind(call: CallRecord, lost: int, severed: bool) -> list[tuple[CutKind, int]]:
     if severed:
         return [(CutKind.NO_GRAD_FN, lost)]
     dead = lost & call.left.any

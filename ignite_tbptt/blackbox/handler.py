@@ -164,8 +164,10 @@ class FiniteDifferenceGradients:
         self._removals = []
         self._forget_compiled_code()
 
-    def _bind(self, modules: dict[str, nn.Module]) -> None:
-        for path, module in modules.items():
+    def _bind(self, paths: list[str]) -> None:
+        for path in paths:
+            # by its path, since the module there may be another than in the run before
+            module = self._model.get_submodule(path)
             name = self._told(path)
             count = self.counts.setdefault(name, EvaluationCount())
             self._removals.append(
@@ -178,15 +180,14 @@ class FiniteDifferenceGradients:
     def _discover(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.report = find_graph_cuts(self._model, *args, **kwargs)
         paths = dict.fromkeys(cut.module for cut in self.report if cut.kind is not CutKind.ZERO_GRADIENT)
-        self._chosen = _outermost({path: self._model.get_submodule(path) for path in paths})
+        self._chosen = _outermost(paths)
         self._remove()
         self._bind(self._chosen)
         if not self.report:
             self.logger.warning("%s: %s; nothing to do", self._told(""), self.report)
             return
         bound = ", ".join(
-            f"{self._told(path)} ({sum(p.numel() for p in module.parameters() if p.requires_grad)} parameter values)"
-            for path, module in self._chosen.items()
+            f"{self._told(path)} ({_size(self._model.get_submodule(path))} parameter values)" for path in self._chosen
         )
         self.logger.info("finite differences for %s\n%s", bound or "no module", self.report)
 
@@ -225,17 +226,18 @@ class _FirstForward:
         return new[0].begin(module, args, kwargs) if new else None
 
 
-def _chosen(model: nn.Module, modules: ModuleChoice | Iterable[ModuleChoice]) -> dict[str, nn.Module]:
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _chosen(model: nn.Module, modules: ModuleChoice | Iterable[ModuleChoice]) -> list[str]:
     choices = [modules] if isinstance(modules, (str, type, nn.Module)) else list(modules)
     if not choices:
         raise ValueError("modules is empty: name at least one module, or pass None to have the cuts found")
-    chosen: dict[str, nn.Module] = {}
-    for choice in choices:
-        chosen.update(_matching(model, choice))
-    return _outermost(chosen)
+    return _outermost(dict.fromkeys(path for choice in choices for path in _matching(model, choice)))
 
 
-def _matching(model: nn.Module, choice: ModuleChoice) -> dict[str, nn.Module]:
+def _matching(model: nn.Module, choice: ModuleChoice) -> list[str]:
     named = dict(model.named_modules())
     if isinstance(choice, str):
         # a module that is used in two places may be called by either name
@@ -247,15 +249,15 @@ def _matching(model: nn.Module, choice: ModuleChoice) -> dict[str, nn.Module]:
             raise ValueError(
                 f"modules: there is no module {choice!r} in {type(model).__name__}; the nearest names are {near}"
             )
-        return {name: module for name, module in named.items() if module is by_any_name[choice]}
+        return [name for name, module in named.items() if module is by_any_name[choice]]
     if isinstance(choice, type):
-        matching = {name: module for name, module in named.items() if isinstance(module, choice)}
+        matching = [name for name, module in named.items() if isinstance(module, choice)]
         kinds = sorted({type(module).__name__ for module in named.values()})
         if not matching:
             raise ValueError(f"modules: no {choice.__name__} in {type(model).__name__}; it is made of {kinds}")
         return matching
     if isinstance(choice, nn.Module):
-        matching = {name: module for name, module in named.items() if module is choice}
+        matching = [name for name, module in named.items() if module is choice]
         if not matching:
             raise ValueError(
                 f"modules: this {type(choice).__name__} is not part of {type(model).__name__} (a copy of one of its "
@@ -267,10 +269,11 @@ def _matching(model: nn.Module, choice: ModuleChoice) -> dict[str, nn.Module]:
     )
 
 
-def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _outermost(paths: Iterable[str]) -> list[str]:
     """Without those inside another: the outer one's evaluations run through them."""
+    paths = list(paths)
 
     def inside(path: str, other: str) -> bool:
         return path != other and (other == "" or path.startswith(other + "."))
 
-    return {path: module for path, module in modules.items() if not any(inside(path, other) for other in modules)}
+    return [path for path in paths if not any(inside(path, other) for other in paths)]

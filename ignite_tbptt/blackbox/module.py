@@ -12,105 +12,22 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator, SerialEvaluation
-from ignite_tbptt.blackbox.function import blackbox, differentiable_call
+from ignite_tbptt.blackbox.function import blackbox
+from ignite_tbptt.blackbox.module_call import ModuleCall, tensors_of_call
 from ignite_tbptt.blackbox.module_state import ModuleState, outside_compiled_code
-from ignite_tbptt.blackbox.reach import Reach, tensors_in
+from ignite_tbptt.blackbox.reach import Reach
 
 __all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]
-
-
-class _Placeholder(Enum):
-    # an enum member stays the same object through pickle and deepcopy
-    TENSOR = "tensor"
-
-
-_TENSOR = _Placeholder.TENSOR
-
-
-class _Inputs:
-    """The shape of one call's arguments: where the tensors were among the rest."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], owner: str) -> None:
-        leaves, self._spec = tree_flatten((args, kwargs))
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor) and any(tensor.requires_grad for tensor in tensors_in(leaf)):
-                raise TypeError(
-                    f"{owner}: an input of type {type(leaf).__name__} holds tensors that require grad, which finite "
-                    "differences cannot reach; pass the tensors themselves, or register the type with torch's pytree"
-                )
-        self.count = sum(isinstance(leaf, Tensor) for leaf in leaves)
-        # placeholders where tensors were, so that the graph does not keep the caller's tensors alive
-        self._rest = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments again, with other tensors in the places of these."""
-        replacements = iter(tensors)
-        leaves = [next(replacements) if leaf is _TENSOR else leaf for leaf in self._rest]
-        args, kwargs = tree_unflatten(leaves, self._spec)
-        return args, kwargs
-
-
-class _Call:
-    """One call of a module as a function of a flat list of tensors: those among its inputs, then its parameters."""
-
-    def __init__(self, module: nn.Module, state: ModuleState, inputs: _Inputs, *, hooked: bool) -> None:
-        self._module = module
-        self._state = state
-        self._inputs = inputs
-        self._hooked = hooked
-        self._parameters = [name for name, value in module.named_parameters() if value.requires_grad]
-
-    def __call__(self, *tensors: Tensor) -> Any:
-        args, kwargs = self._inputs.with_tensors(tensors)
-        moved = dict(zip(self._parameters, tensors[self._inputs.count :], strict=True))
-        with self._state.entered(self._module) as buffers:
-            if self._hooked:
-                return torch.func.functional_call(self._module, {**buffers, **moved}, args, kwargs)
-            by_name = {f"module.{name}": tensor for name, tensor in {**buffers, **moved}.items()}
-            return torch.func.functional_call(_BareForward(self._module), by_name, args, kwargs)
-
-    def differentiable(
-        self,
-        outputs: Any,
-        tensors: Sequence[Tensor],
-        estimator: Estimator,
-        evaluator: Evaluator,
-        count: EvaluationCount,
-    ) -> Any:
-        """The outputs of this call with a ``grad_fn``, where any of the tensors requires grad."""
-        if not any(tensor.requires_grad for tensor in tensors):
-            return outputs
-        return differentiable_call(
-            self,
-            tensors,
-            estimator=estimator,
-            evaluator=evaluator,
-            count=count,
-            outputs=tree_map(_detached, outputs),
-            streams=self._state.streams,
-        )
-
-
-class _BareForward(nn.Module):
-    """Calls a module's forward without its hooks; exists because functional_call takes modules only."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.forward(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +79,11 @@ class Binding:
         if not (torch.is_grad_enabled() and self._in_charge(module)):
             waiting.append(None)
             return None
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                f"{self.name}: DataParallel runs copies whose parameters are not parameters, so that theirs cannot be "
+                "moved; use DistributedDataParallel, or one device"
+            )
         state = ModuleState.of(module)
         self._warn_once_of_hidden_gradients(module, state)
         waiting.append(_Begun(state, args, kwargs))
@@ -171,15 +93,18 @@ class Binding:
     @outside_compiled_code
     def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """The hook after a forward, also one that raised: give what came out a gradient by finite differences."""
-        waiting = self._begun.get((threading.get_ident(), id(module)), [])
+        key = threading.get_ident(), id(module)
+        waiting = self._begun.get(key, [])
         begun = waiting.pop() if waiting else None
+        if not waiting:
+            self._begun.pop(key, None)
         if begun is None or outputs is None:
             return None
         # A full backward hook hands its inputs through a node of its own, which the gradient has to pass.
         hooked = bool(module._backward_hooks or module._backward_pre_hooks)
         args, kwargs = args if hooked else begun.args, begun.kwargs
-        call = _Call(module, begun.state, _Inputs(args, kwargs, self.name), hooked=False)
-        tensors = _tensors_of_call(module, args, kwargs)
+        call = ModuleCall(module, begun.state, args, kwargs, self.name, hooked=False)
+        tensors = tensors_of_call(module, args, kwargs)
         self._warn_once_where_autograd_sees(tensors, outputs)
         return call.differentiable(outputs, tensors, self._estimator, self._evaluator, self.count)
 
@@ -201,9 +126,9 @@ class Binding:
     def _warn_once_where_autograd_sees(self, tensors: list[Tensor], outputs: Any) -> None:
         if self._checked:
             return
-        self._checked = True
         reach = Reach({str(index): tensor for index, tensor in enumerate(tensors) if tensor.requires_grad})
-        if reach.names and reach.of(outputs).live == (1 << len(reach.names)) - 1:
+        self._checked = bool(reach.names)
+        if self._checked and reach.of(outputs).live == (1 << len(reach.names)) - 1:
             warnings.warn(
                 f"{self.name}: autograd sees through this module without help; finite differences now replace exact "
                 "gradients, at the price of many evaluations. Leave it out of modules=...",
@@ -369,8 +294,8 @@ class Blackbox(nn.Module):
             outputs = self.module(*copied_args, **copied_kwargs)
         if not torch.is_grad_enabled():
             return outputs
-        call = _Call(self.module, state, _Inputs(args, kwargs, type(self.module).__name__), hooked=True)
-        tensors = _tensors_of_call(self.module, args, kwargs)
+        call = ModuleCall(self.module, state, args, kwargs, type(self.module).__name__, hooked=True)
+        tensors = tensors_of_call(self.module, args, kwargs)
         return call.differentiable(outputs, tensors, self.estimator, self.evaluator, self.count)
 
     def extra_repr(self) -> str:
@@ -387,15 +312,5 @@ def _refuse_script(module: nn.Module) -> None:
         )
 
 
-def _tensors_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """What a call depends on, in the order in which `_Call` takes it."""
-    inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-    return [*inputs, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
-
-
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

@@ -404,11 +404,26 @@ def test_inputs_that_cannot_be_taken_apart_are_refused() -> None:
         def forward(self, batch: Batch) -> Tensor:
             return batch.x.detach()
 
+    class Gives(nn.Module):
+        def forward(self, x: Tensor) -> Batch:
+            return Batch(x.detach())
+
     module = Takes()
     bind(module, name="takes")
-    with pytest.raises(TypeError, match="takes: an input of type Batch holds tensors that require grad"):
+    with pytest.raises(TypeError, match="takes: an input of type Batch holds tensors that a gradient has to reach"):
         module(Batch(torch.ones(2, requires_grad=True)))
     assert not module(Batch(torch.ones(2))).requires_grad
+    gives = Gives()
+    bind(gives, name="gives")
+    with pytest.raises(TypeError, match="gives: an output of type Batch holds tensors that a gradient has to reach"):
+        gives(torch.ones(2, requires_grad=True))
+
+
+def test_replicas_of_data_parallel_are_refused() -> None:
+    replica = Cell(True)._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+    bind(replica, name="cell")
+    with pytest.raises(RuntimeError, match="cell: DataParallel runs copies"):
+        replica(torch.ones(1, 2), torch.ones(1, 2))
 
 
 def test_bad_modules_are_refused() -> None:
