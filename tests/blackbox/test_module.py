@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import random
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from ignite_tbptt.blackbox.evaluation import EvaluationCount
 from torch import Tensor, nn
 
-from ignite_tbptt.blackbox import Blackbox, bind, unbind
+from ignite_tbptt.blackbox import Blackbox, bind, find_graph_cuts, unbind
+from ignite_tbptt.blackbox.evaluation import EvaluationCount
 from tests.blackbox.cut_models import Cell, Nested, Through, assert_near, gradients, twins
 
 LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
@@ -313,6 +315,30 @@ def test_calls_in_one_graph_do_not_mix() -> None:
             h = module(torch.full((1, 2), 0.3 * t, dtype=torch.float64), h)
         h.sum().backward()
     assert_near(gradients(cut), gradients(smooth))
+
+
+def test_a_mended_model_has_no_cut() -> None:
+    x = torch.randn(4, 3, dtype=torch.float64)
+    cut, _ = twins(lambda cut: nn.Sequential(nn.Linear(3, 3), Through(nn.Linear(3, 2), cut=cut)))
+    assert find_graph_cuts(cut, x).modules == ["1"]
+    assert find_graph_cuts(nn.Sequential(cut[0], Blackbox(cut[1])), x) == []
+    bind(cut[1])
+    assert find_graph_cuts(cut, x) == []
+
+
+def test_inputs_are_freed_with_the_graph() -> None:
+    cell = Cell(True).double()
+    bind(cell)
+    x = torch.ones(1, 2, dtype=torch.float64, requires_grad=True) * 1
+    y, seen = cell(x, x), weakref.ref(x)
+    y.sum().backward()
+    gc.collect()
+    gc.disable()
+    try:
+        del x, y
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 class Failing(nn.Module):
