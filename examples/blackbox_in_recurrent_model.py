@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 
 OPENING = np.array([-1.0, -0.6, -0.25, 0.1, 0.4, 0.75, 1.0])
 FLOW = np.array([0.00, 0.05, 0.30, 0.42, 0.90, 1.05, 1.60])
-STEPS, BATCH, BATCHES, EPOCHS, TBTT_STEP = 60, 8, 6, 25, 20
+STEPS, BATCH, BATCHES, EPOCHS, TBTT_STEP = 60, 8, 6, 60, 20
 DEMAND_WEIGHT, LEVEL_WEIGHT, BIAS, LEAK = 0.9, -0.7, 0.1, 0.35
 
 
@@ -97,9 +97,10 @@ def train(
     """Train a tank with this valve; returns it, its loss after each epoch, the handler, and seconds taken."""
     torch.manual_seed(0)
     tank = Tank(valve)
-    optimizer = torch.optim.Adam(tank.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(tank.parameters(), lr=0.03)
     trainer = create_supervised_tbptt_trainer(tank, optimizer, F.mse_loss, tbtt_step=TBTT_STEP)
-    handler = FiniteDifferenceGradients(tank) if finite_differences else None
+    # a valve does not know of the others in the batch: one move serves them all
+    handler = FiniteDifferenceGradients(tank, in_dims=0) if finite_differences else None
     if handler is not None:
         handler.attach(trainer)
     losses: list[float] = []

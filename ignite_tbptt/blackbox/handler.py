@@ -9,7 +9,7 @@ trainer, a process function of one's own.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -55,6 +55,10 @@ class FiniteDifferenceGradients:
             themselves, one or several; None to find them. A module inside another chosen one is covered by it.
         estimator: how gradients are estimated; central differences by default.
         evaluator: where the evaluations run; one after the other by default.
+        in_dims: the batch axis of each positional argument of the chosen modules whose rows are independent, as in
+            `blackbox`: a column of rows then costs no more than one element. Modules that differ in this need a handler
+            each.
+        out_dims: the batch axis of their outputs, where in_dims is given.
 
     Attributes:
         counts: evaluations and seconds for each bound module, by name, over all runs.
@@ -72,6 +76,8 @@ class FiniteDifferenceGradients:
         *,
         estimator: Estimator | None = None,
         evaluator: Evaluator | None = None,
+        in_dims: Any = None,
+        out_dims: int | Sequence[int] = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             kind = type(model).__name__
@@ -79,8 +85,12 @@ class FiniteDifferenceGradients:
         self._wrapped = model
         self._model: nn.Module = unwrapped(model)
         self._chosen = None if modules is None else _chosen(self._model, modules)
-        self._estimator = estimator
-        self._evaluator = evaluator
+        self._options: dict[str, Any] = {
+            "estimator": estimator,
+            "evaluator": evaluator,
+            "in_dims": in_dims,
+            "out_dims": out_dims,
+        }
         self.counts: dict[str, EvaluationCount] = {}
         self.report: GraphCutReport | None = None
         self.logger = setup_logger(__name__ + "." + self.__class__.__name__)
@@ -170,9 +180,7 @@ class FiniteDifferenceGradients:
             module = self._model.get_submodule(path)
             name = self._told(path)
             count = self.counts.setdefault(name, EvaluationCount())
-            self._removals.append(
-                bind(module, name=name, estimator=self._estimator, evaluator=self._evaluator, count=count)
-            )
+            self._removals.append(bind(module, name=name, count=count, **self._options))
 
     def _told(self, path: str) -> str:
         return path or type(self._model).__name__

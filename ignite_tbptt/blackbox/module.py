@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
-from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator, SerialEvaluation
+from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
 from ignite_tbptt.blackbox.function import blackbox
-from ignite_tbptt.blackbox.module_call import ModuleCall, tensors_of_call
+from ignite_tbptt.blackbox.module_call import Differencing, ModuleCall, tensors_of_call
 from ignite_tbptt.blackbox.module_state import ModuleState, outside_compiled_code
 from ignite_tbptt.blackbox.reach import Reach
 
@@ -51,16 +51,13 @@ class Binding:
 
     Attributes:
         name: what the module is called in messages.
-        count: evaluations and seconds spent in them.
         active: False once removed.
     """
 
-    def __init__(self, name: str, estimator: Estimator, evaluator: Evaluator, count: EvaluationCount) -> None:
+    def __init__(self, name: str, how: Differencing) -> None:
         self.name = name
-        self.count = count
         self.active = True
-        self._estimator = estimator
-        self._evaluator = evaluator
+        self._how = how
         self._begun: dict[tuple[int, int], list[_Begun | None]] = {}
         self._checked = False
 
@@ -106,7 +103,7 @@ class Binding:
         call = ModuleCall(module, begun.state, args, kwargs, self.name, hooked=False)
         tensors = tensors_of_call(module, args, kwargs)
         self._warn_once_where_autograd_sees(tensors, outputs)
-        return call.differentiable(outputs, tensors, self._estimator, self._evaluator, self.count)
+        return call.differentiable(outputs, tensors, self._how)
 
     def _in_charge(self, module: nn.Module) -> bool:
         """Of several bindings on one module the one that came last answers, the others stand by."""
@@ -143,6 +140,8 @@ def bind(
     name: str | None = None,
     estimator: Estimator | None = None,
     evaluator: Evaluator | None = None,
+    in_dims: Any = None,
+    out_dims: int | Sequence[int] = 0,
     count: EvaluationCount | None = None,
 ) -> Callable[[], None]:
     """Give a module finite-difference gradients, in place; returns the function that takes them away again.
@@ -166,6 +165,9 @@ def bind(
         name: what to call it in messages; its class by default.
         estimator: how the gradient is estimated; central differences by default.
         evaluator: where the evaluations run; one after the other by default.
+        in_dims: the batch axis of each positional argument whose rows are independent, as in `blackbox`; parameters are
+            shared by all rows.
+        out_dims: the batch axis of the outputs, where in_dims is given.
         count: where to count evaluations and seconds.
 
     Raises:
@@ -176,12 +178,8 @@ def bind(
             f"module must be a torch.nn.Module, got {type(module).__name__}; for a function use blackbox(fn)"
         )
     _refuse_script(module)
-    binding = Binding(
-        name if name is not None else type(module).__name__,
-        CentralDifference() if estimator is None else estimator,
-        SerialEvaluation() if evaluator is None else evaluator,
-        EvaluationCount() if count is None else count,
-    )
+    how = Differencing(estimator, evaluator, in_dims, out_dims, EvaluationCount() if count is None else count)
+    binding = Binding(type(module).__name__ if name is None else name, how)
     before = module.register_forward_pre_hook(binding.begin, with_kwargs=True)
     after = module.register_forward_hook(binding.finish, with_kwargs=True, prepend=True, always_call=True)
 
@@ -241,6 +239,8 @@ class Blackbox(nn.Module):
         module_or_fn: an nn.Module, or a function of tensors.
         estimator: how the gradient is estimated; central differences by default.
         evaluator: where the evaluations run; one after the other by default.
+        in_dims: the batch axis of each positional argument whose rows are independent, as in `blackbox`.
+        out_dims: the batch axis of the outputs, where in_dims is given.
         numpy: hand the function numpy arrays, as `blackbox` does; for functions only.
 
     Raises:
@@ -254,12 +254,12 @@ class Blackbox(nn.Module):
         *,
         estimator: Estimator | None = None,
         evaluator: Evaluator | None = None,
+        in_dims: Any = None,
+        out_dims: int | Sequence[int] = 0,
         numpy: bool = False,
     ) -> None:
         super().__init__()
-        self.count = EvaluationCount()
-        self.estimator = CentralDifference() if estimator is None else estimator
-        self.evaluator = SerialEvaluation() if evaluator is None else evaluator
+        self._how = Differencing(estimator, evaluator, in_dims, out_dims)
         self.module: nn.Module | None = None
         self._function: Callable[..., Any] | None = None
         if isinstance(module_or_fn, nn.Module):
@@ -270,8 +270,19 @@ class Blackbox(nn.Module):
         else:
             self.fn = module_or_fn
             self._function = blackbox(
-                module_or_fn, estimator=self.estimator, evaluator=self.evaluator, numpy=numpy, count=self.count
+                module_or_fn,
+                estimator=estimator,
+                evaluator=evaluator,
+                in_dims=in_dims,
+                out_dims=out_dims,
+                numpy=numpy,
+                count=self.count,
             )
+
+    @property
+    def count(self) -> EvaluationCount:
+        """What gradients have cost so far."""
+        return self._how.count
 
     @property
     def nfev(self) -> int:
@@ -296,12 +307,13 @@ class Blackbox(nn.Module):
             return outputs
         call = ModuleCall(self.module, state, args, kwargs, type(self.module).__name__, hooked=True)
         tensors = tensors_of_call(self.module, args, kwargs)
-        return call.differentiable(outputs, tensors, self.estimator, self.evaluator, self.count)
+        return call.differentiable(outputs, tensors, self._how)
 
     def extra_repr(self) -> str:
-        """The estimator, and the function where there is one."""
-        name = "" if self._function is None else f"{getattr(self.fn, '__name__', self.fn)}, "
-        return f"{name}estimator={self.estimator}"
+        """The function, where there is one, and the estimator."""
+        function = [] if self._function is None else [getattr(self.fn, "__name__", repr(self.fn))]
+        chosen = [] if self._how.estimator is None else [f"estimator={self._how.estimator}"]
+        return ", ".join(function + chosen)
 
 
 def _refuse_script(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from the `ModuleState` in which the call began. `module` makes these calls, from
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -15,13 +16,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ignite_tbptt.blackbox.arguments import Arguments
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
 from ignite_tbptt.blackbox.function import differentiable_call
 from ignite_tbptt.blackbox.module_state import ModuleState
 from ignite_tbptt.blackbox.reach import tensors_in
 
-__all__ = ["ModuleCall", "tensors_of_call"]
+__all__ = ["Differencing", "ModuleCall", "tensors_of_call"]
+
+
+@dataclass(frozen=True)
+class Differencing:
+    """How the gradients of a module are estimated, and where that is counted.
+
+    Attributes:
+        estimator: how; None for central differences.
+        evaluator: where the evaluations run; None for one after the other.
+        in_dims: the batch axis of each positional argument with independent rows, as in torch.vmap.
+        out_dims: the batch axis of the outputs, where in_dims is given.
+        count: evaluations and seconds.
+    """
+
+    estimator: Estimator | None = None
+    evaluator: Evaluator | None = None
+    in_dims: Any = None
+    out_dims: int | Sequence[int] = 0
+    count: EvaluationCount = field(default_factory=EvaluationCount)
 
 
 class _Placeholder(Enum):
@@ -72,6 +93,7 @@ class ModuleCall:
         self._parameters = [name for name, value in module.named_parameters() if value.requires_grad]
 
     def __call__(self, *tensors: Tensor) -> Any:
+        """What the module returns with these tensors, in the state in which the call began."""
         args, kwargs = self._inputs.with_tensors(tensors)
         moved = dict(zip(self._parameters, tensors[self._inputs.count :], strict=True))
         with self._state.entered(self._module) as buffers:
@@ -80,14 +102,7 @@ class ModuleCall:
             by_name = {f"module.{name}": tensor for name, tensor in {**buffers, **moved}.items()}
             return torch.func.functional_call(_BareForward(self._module), by_name, args, kwargs)
 
-    def differentiable(
-        self,
-        outputs: Any,
-        tensors: Sequence[Tensor],
-        estimator: Estimator,
-        evaluator: Evaluator,
-        count: EvaluationCount,
-    ) -> Any:
+    def differentiable(self, outputs: Any, tensors: Sequence[Tensor], how: Differencing) -> Any:
         """The outputs of this call with a ``grad_fn``, where any of the tensors requires grad."""
         if not any(tensor.requires_grad for tensor in tensors):
             return outputs
@@ -96,12 +111,24 @@ class ModuleCall:
         return differentiable_call(
             self,
             tensors,
-            estimator=estimator,
-            evaluator=evaluator,
-            count=count,
+            estimator=how.estimator,
+            evaluator=how.evaluator,
+            in_dims=self._flat_in_dims(how.in_dims, tensors),
+            out_dims=how.out_dims,
+            names=[*(f"input {k}" for k in range(self._inputs.count)), *(f"parameter {n}" for n in self._parameters)],
+            label=self._owner,
+            count=how.count,
             outputs=tree_map(_detached, outputs),
             streams=self._state.streams,
         )
+
+    def _flat_in_dims(self, in_dims: Any, tensors: Sequence[Tensor]) -> list[int | None] | None:
+        if in_dims is None:
+            return None
+        args, kwargs = self._inputs.with_tensors(tensors)
+        of_inputs = Arguments(self._module.forward, args, kwargs).flat_in_dims(in_dims)
+        # all rows share the parameters
+        return [*(of_inputs or ()), *[None] * len(self._parameters)]
 
 
 class _BareForward(nn.Module):
