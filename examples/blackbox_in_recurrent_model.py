@@ -5,7 +5,7 @@ is known only as a table of measurements, read by ``numpy.interp``, which cuts t
 model is trained three times by truncated back-propagation through time, on the levels that a tank with known weights
 shows: with the table as it is, with FiniteDifferenceGradients attached, and with the table written in torch.
 
-Run: ``python examples/blackbox_in_recurrent_model.py``. It takes seconds, prints the weights and draws
+Run: ``python examples/blackbox_in_recurrent_model.py``. It takes half a minute, prints the weights and draws
 ``output/blackbox_in_recurrent_model.png``.
 """
 
@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 
 OPENING = np.array([-1.0, -0.6, -0.25, 0.1, 0.4, 0.75, 1.0])
 FLOW = np.array([0.00, 0.05, 0.30, 0.42, 0.90, 1.05, 1.60])
-STEPS, BATCH, BATCHES, EPOCHS, TBTT_STEP = 60, 8, 6, 60, 20
+STEPS, BATCH, BATCHES, EPOCHS, TBTT_STEP = 60, 8, 6, 45, 20
 DEMAND_WEIGHT, LEVEL_WEIGHT, BIAS, LEAK = 0.9, -0.7, 0.1, 0.35
 
 

@@ -31,7 +31,7 @@ __all__ = ["find_graph_cuts", "is_compiled", "unwrapped"]
 _Model = TypeVar("_Model", bound=Callable[..., Any])
 
 
-def find_graph_cuts(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> GraphCutReport:
+def find_graph_cuts(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> GraphCutReport:
     """Find the modules and source lines in which gradients get lost.
 
     Example::

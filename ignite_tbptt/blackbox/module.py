@@ -47,7 +47,8 @@ class Binding:
     grad cost evaluations. The hook on the output goes before the user's own hooks and the one on the inputs after them,
     so that theirs are differentiated by autograd and run once a forward, not once an evaluation.
 
-    Copies of the module (deepcopy) share its binding: they stop when it is removed.
+    A state that the module keeps on itself is a constant to each call: gradients flow from call to call only through
+    arguments. Copies of the module (deepcopy) share its binding: they stop when it is removed.
 
     Attributes:
         name: what the module is called in messages.
@@ -59,7 +60,7 @@ class Binding:
         self.active = True
         self._how = how
         self._begun: dict[tuple[int, int], list[_Begun | None]] = {}
-        self._checked = False
+        self._checked = self._told = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self
@@ -102,6 +103,8 @@ class Binding:
         args, kwargs = args if hooked else begun.args, begun.kwargs
         call = ModuleCall(module, begun.state, args, kwargs, self.name, hooked=False)
         tensors = tensors_of_call(module, args, kwargs)
+        if not any(tensor.requires_grad for tensor in tensors):
+            return None
         self._warn_once_where_autograd_sees(tensors, outputs)
         return call.differentiable(outputs, tensors, self._how)
 
@@ -110,8 +113,9 @@ class Binding:
         return next((binding for binding in bindings_of(module) if binding.active), None) is self
 
     def _warn_once_of_hidden_gradients(self, module: nn.Module, state: ModuleState) -> None:
-        names = state.tensors_in_a_graph(module) if not self._checked else []
+        names = state.tensors_in_a_graph(module) if not self._told else []
         if names:
+            self._told = True
             warnings.warn(
                 f"{self.name}: attribute {names[0]!r} holds a tensor that requires grad but is neither a parameter nor "
                 "an input of forward; if forward uses it, its gradient is lost. Pass it to forward as an argument, or "
@@ -123,9 +127,9 @@ class Binding:
     def _warn_once_where_autograd_sees(self, tensors: list[Tensor], outputs: Any) -> None:
         if self._checked:
             return
+        self._checked = True
         reach = Reach({str(index): tensor for index, tensor in enumerate(tensors) if tensor.requires_grad})
-        self._checked = bool(reach.names)
-        if self._checked and reach.of(outputs).live == (1 << len(reach.names)) - 1:
+        if reach.of(outputs).live == (1 << len(reach.names)) - 1:
             warnings.warn(
                 f"{self.name}: autograd sees through this module without help; finite differences now replace exact "
                 "gradients, at the price of many evaluations. Leave it out of modules=...",
@@ -303,8 +307,6 @@ class Blackbox(nn.Module):
         copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
         with torch.no_grad():
             outputs = self.module(*copied_args, **copied_kwargs)
-        if not torch.is_grad_enabled():
-            return outputs
         call = ModuleCall(self.module, state, args, kwargs, type(self.module).__name__, hooked=True)
         tensors = tensors_of_call(self.module, args, kwargs)
         return call.differentiable(outputs, tensors, self._how)

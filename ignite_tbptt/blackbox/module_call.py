@@ -103,9 +103,7 @@ class ModuleCall:
             return torch.func.functional_call(_BareForward(self._module), by_name, args, kwargs)
 
     def differentiable(self, outputs: Any, tensors: Sequence[Tensor], how: Differencing) -> Any:
-        """The outputs of this call with a ``grad_fn``, where any of the tensors requires grad."""
-        if not any(tensor.requires_grad for tensor in tensors):
-            return outputs
+        """The outputs of this call, with a ``grad_fn`` where any of the tensors requires grad."""
         for leaf in tree_flatten(outputs)[0]:
             _refuse_closed(leaf, f"{self._owner}: an output", list(tensors_in(leaf)))
         return differentiable_call(

@@ -450,6 +450,37 @@ def test_a_gradient_that_comes_by_an_attribute_is_told() -> None:
         cut(torch.ones(1, 2, dtype=torch.float64))
 
 
+def test_a_state_kept_with_its_graph_is_told_when_it_is_met() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.h = nn.Linear(2, 2).double(), torch.zeros(1, 2, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.h = torch.tanh(self.inner(x) + self.h)
+            return self.h.detach()
+
+    module = Keeps()
+    bind(module, name="keeps")
+    x = torch.ones(1, 2, dtype=torch.float64)
+    module(x)
+    with pytest.warns(UserWarning, match="keeps: attribute 'h' holds a tensor that requires grad"):
+        module(x)
+    module(x)
+
+
+def test_a_wrapped_module_gives_tensors_with_and_without_gradients() -> None:
+    class Arrays(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.numpy() ** 2, float(x.sum())
+
+    box, x = Blackbox(Arrays()), torch.ones(2, dtype=torch.float64)
+    for inputs in (x, x.clone().requires_grad_()):
+        square, total = box(inputs)
+        assert (square.dtype, total.dtype, float(total.detach())) == (torch.float64, torch.float64, 2.0)
+        assert square.requires_grad == total.requires_grad == inputs.requires_grad
+
+
 def test_inputs_that_cannot_be_taken_apart_are_refused() -> None:
     @dataclass
     class Batch:
