@@ -297,6 +297,27 @@ def test_a_state_kept_on_the_module_is_neither_advanced_nor_mistaken() -> None:
     assert (cut.calls, cut.made) == (3, [1])
 
 
+def test_evaluations_start_from_the_buffers_that_the_forward_started_from() -> None:
+    class Advancing(nn.Module):
+        def __init__(self, cut: bool) -> None:
+            super().__init__()
+            self.inner, self.cut = nn.Linear(2, 2), cut
+            self.register_buffer("phase", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            phase = self.get_buffer("phase").add_(0.5)
+            y: Tensor = self.inner(x) * phase.clone()
+            return y.detach() if self.cut else y
+
+    cut, smooth = twins(Advancing)
+    bind(cut)
+    x = torch.ones(1, 2, dtype=torch.float64)
+    for module in (cut, smooth):
+        (module(x) + module(x)).sum().backward()
+        assert module.phase.item() == 1.0
+    assert_near(gradients(cut), gradients(smooth))
+
+
 def test_what_the_module_does_to_its_inputs_stays_inside() -> None:
     class Mutating(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
