@@ -176,11 +176,11 @@ def _slopes(
     weights = [by_offset.get(offset, 0.0) for offset in moves.stencil.evaluated]
     total: Tensor | None = None
     for k, (value, cotangent) in enumerate(zip(values, cotangents, strict=True)):
-        difference = value[:, 0] * weights[0]
+        # The weights sum to 0, those of the table only up to rounding: what did not move has to cancel before.
+        changes = value - _wide(first[k])
+        difference = changes[:, 0] * weights[0]
         for j, weight in enumerate(weights[1:], 1):
-            difference = difference + value[:, j] * weight
-        if 0 in by_offset:
-            difference = difference + _wide(first[k]) * by_offset[0]
+            difference = difference + changes[:, j] * weight
         share = _by_row(difference * _wide(cotangent), 0 if out_dims is None else out_dims[k])
         if out_dims is None:
             share = share.sum(1, keepdim=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -119,6 +119,11 @@ class Call:
 class Evaluator(Protocol):
     """Evaluates points; a frozen dataclass of what it needs to know."""
 
+    @property
+    def stacks(self) -> bool:
+        """Whether one call may get the rows of several points, which is verified before it is relied on."""
+        ...
+
     def portion(self, point_bytes: int) -> int:
         """How many points are best prepared at a time, one of them being so large."""
         ...
@@ -140,6 +145,7 @@ class SerialEvaluation:
     """
 
     portion_bytes: int = 2**20
+    stacks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_bytes("portion_bytes", self.portion_bytes)
@@ -170,6 +176,7 @@ class StackedEvaluation:
     """
 
     portion_bytes: int = 2**20
+    stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_bytes("portion_bytes", self.portion_bytes)

@@ -39,6 +39,8 @@ class BlackboxFunction(Generic[P, R]):
         count: evaluations spent on gradients and seconds in them.
     """
 
+    __name__: str
+
     def __init__(self, fn: Callable[P, R], options: Options, numpy: bool, count: EvaluationCount) -> None:
         functools.update_wrapper(self, fn)
         self._fn = fn
@@ -131,8 +133,8 @@ def blackbox(
         ...     return x * np.exp(-rate * x)
         >>> x, rate = torch.tensor([0.5, 1.0, 2.0]), torch.tensor(1.0, requires_grad=True)
         >>> decay(x, rate).sum().backward()
-        >>> rate.grad
-        tensor(-1.0608)
+        >>> round(rate.grad.item(), 3)
+        -1.061
         >>> decay.nfev
         2
 

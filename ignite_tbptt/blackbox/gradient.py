@@ -236,7 +236,7 @@ class _Task:
         for k in self.used:
             if not _same_bits(out[k].movedim(dims[k], 0)[1:], self.first.tensors[k].movedim(dims[k], 0)[1:]):
                 raise self._coupled()
-        if self.owner.evaluator.portion(1) > 1 and call.replay is None:
+        if self.owner.evaluator.stacks and call.replay is None:
             self._probe_stack(moved, out)
         call.count.notes.add(note)
 
@@ -292,23 +292,29 @@ class _Task:
         )
 
     def _step_that_moves(self, k: int) -> tuple[float, float] | None:
-        """The step at which outputs change, and the smallest change; None where none was found."""
+        """The step at which outputs change, to a factor of 2, and the smallest change; None where none was found."""
         reach = max(1.0, float(self.points[k].abs().max()))
         h = reach * self.eps**0.5
         while h < 1e3 * reach:
-            points = [point.clone() for point in self.points]
-            points[k] += h
-            try:
-                out = self.call(points, f"{self.owner.names[k]}: all elements moved by {h:.3g}").tensors
-            except BlackboxError:
-                return None
-            pairs = zip((out[used] for used in self.used), self.values, strict=True)
-            changes = torch.cat([(now - was).abs().flatten() for now, was in pairs])
-            changes = changes[torch.isfinite(changes) & (changes > 0)]
-            if len(changes):
-                return h, float(changes.min())
+            change = self._change_at(k, h)
+            if change is not None:
+                smaller = self._change_at(k, h / 2)
+                return (h, change) if smaller is None else (h / 2, smaller)
             h *= 4
         return None
+
+    def _change_at(self, k: int, h: float) -> float | None:
+        """The smallest change of an output when all elements of an input move by h, None where nothing changes."""
+        points = [point.clone() for point in self.points]
+        points[k] += h
+        try:
+            out = self.call(points, f"{self.owner.names[k]}: all elements moved by {h:.3g}").tensors
+        except BlackboxError:
+            return None
+        pairs = zip((out[used] for used in self.used), self.values, strict=True)
+        changes = torch.cat([(now - was).abs().flatten() for now, was in pairs])
+        changes = changes[torch.isfinite(changes) & (changes > 0)]
+        return float(changes.min()) if len(changes) else None
 
 
 def have_drawn(before: RandomStreams, after: RandomStreams) -> bool:

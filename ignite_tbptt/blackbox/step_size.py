@@ -88,7 +88,7 @@ class RelativeStep:
     def along(self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float) -> float:
         """See `StepSize.along`: the step that the largest element asks for, so that none is lost in rounding."""
         largest = max((float(x.abs().max()) for x in xs if x.numel()), default=1.0)
-        return 2.0 ** round(math.log2(self._factor(stencil, eps) * max(1.0, largest)))
+        return 2.0 ** math.floor(math.log2(self._factor(stencil, eps) * max(1.0, largest)) + 0.5)
 
     def _factor(self, stencil: Stencil, eps: float) -> float:
         return float(eps ** (1 / (stencil.order + 1))) if self.factor is None else self.factor
@@ -223,7 +223,8 @@ def _towards_room(wanted: Tensor, ahead: Tensor, behind: Tensor, reach: int) -> 
 
 
 def _power_of_two(h: Tensor) -> Tensor:
-    return torch.exp2(torch.log2(h).round_())
+    # half a power goes up: truncation then costs twice what it might, round-off half
+    return torch.exp2(torch.log2(h).add_(0.5).floor_())
 
 
 def _power_of_two_below(h: Tensor) -> Tensor:
