@@ -1,0 +1,54 @@
+"""Gradients for operations that autograd cannot see through, by finite differences."""
+
+from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
+from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
+from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
+from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference, GaussianSmoothing
+from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator, SerialEvaluation, StackedEvaluation
+from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
+from ignite_tbptt.blackbox.graph_cuts import find_graph_cuts
+from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
+from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
+from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, RelativeStep, StepSize
+from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
+
+__all__ = [
+    "SPSA",
+    "AbsoluteStep",
+    "Blackbox",
+    "BlackboxError",
+    "BlackboxFunction",
+    "BoundedStep",
+    "CentralDifference",
+    "Coordinates",
+    "CutCall",
+    "CutKind",
+    "Directions",
+    "Estimator",
+    "EvaluationCount",
+    "Evaluator",
+    "FiniteDifferenceGradients",
+    "ForwardDifference",
+    "Gaussian",
+    "GaussianSmoothing",
+    "GraphCut",
+    "GraphCutReport",
+    "Orthogonal",
+    "Rademacher",
+    "RelativeStep",
+    "SerialEvaluation",
+    "StackedEvaluation",
+    "Stencil",
+    "StepSize",
+    "StepSweep",
+    "UntrustedGradientWarning",
+    "backward",
+    "bind",
+    "blackbox",
+    "central",
+    "find_graph_cuts",
+    "forward",
+    "step_sweep",
+    "unbind",
+]

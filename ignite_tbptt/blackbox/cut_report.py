@@ -1,0 +1,167 @@
+"""What a cut in the autograd graph looks like to the person who has to mend it.
+
+A `GraphCut` joins three answers: what lost its gradient (a module and the parameters upstream of it), how (the output
+has no ``grad_fn``, or a parameter cannot be reached from it, or only through a function with derivative zero) and where
+(the calls that left the graph, with file, line and source text). The facts are gathered by `graph_cuts`, which is the
+only maker of these objects; this module names, orders and prints them.
+"""
+
+from __future__ import annotations
+
+import linecache
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["CutCall", "CutKind", "GraphCut", "GraphCutReport"]
+
+
+class CutKind(Enum):
+    """How a gradient was lost; the value is the sentence that the report prints."""
+
+    NO_GRAD_FN = "its output has no grad_fn"
+    UNREACHABLE = "its output has a grad_fn, but no path leads from it to what is lost"
+    ZERO_GRADIENT = "every path to what is lost has derivative zero or none"
+
+
+# Display text and remedy of the calls that people meet; the rest are named as torch names them.
+_BLACKBOX = "wrap the computation in {blackbox}"
+_KEEP_TENSOR = "keep the tensor instead of its Python value; where that cannot be, " + _BLACKBOX
+_NUMPY = "write it with torch functions, or " + _BLACKBOX
+_STOP = "leave it out where the gradient is wanted; if the next lines leave torch, " + _BLACKBOX
+_STACK = "torch.stack([...]) keeps the graph; where the values come from outside torch, " + _BLACKBOX
+_GRAD_MODE = "move this line out of torch.no_grad() (or of torch.inference_mode(), set_grad_enabled(False))"
+_STEP_FUNCTION = (
+    "use a smooth or straight-through version, or finite differences with a step wider than the jumps: {blackbox}"
+)
+_INDEX = "an index or a mask has no gradient: use a soft version (softmax, sigmoid), or " + _STEP_FUNCTION
+
+_KNOWN_CALLS = {
+    "item": (".item()", _KEEP_TENSOR),
+    "__float__": ("float(tensor)", _KEEP_TENSOR),
+    "__int__": ("int(tensor)", _KEEP_TENSOR),
+    "__complex__": ("complex(tensor)", _KEEP_TENSOR),
+    "__index__": ("tensor used as an index", _INDEX),
+    "__bool__": ("bool(tensor)", _INDEX),
+    "__format__": ("tensor formatted into a string", _KEEP_TENSOR),
+    "tolist": (".tolist()", _KEEP_TENSOR),
+    "numpy": (".numpy()", _NUMPY),
+    "__array__": ("numpy.asarray(tensor)", _NUMPY),
+    "detach": (".detach()", _STOP),
+    "detach_": (".detach_()", _STOP),
+    "data": (".data", _STOP),
+    "tensor": ("torch.tensor(...)", _STACK),
+    "as_tensor": ("torch.as_tensor(...)", _STACK),
+    "new_tensor": (".new_tensor(...)", _STACK),
+    "no_grad": ("gradient mode switched off", _GRAD_MODE),
+}
+
+
+@dataclass(frozen=True)
+class CutCall:
+    """One call that left the autograd graph.
+
+    Attributes:
+        name: the function's name as torch knows it, such as ``"item"``, ``"detach"`` or ``"round"``.
+        file: path of the source file.
+        line: line number in it, from 1.
+        zero_gradient: the call keeps a ``grad_fn`` whose derivative is zero (or that has no derivative).
+        integral: the call gives indices, masks or integers.
+    """
+
+    name: str
+    file: str
+    line: int
+    zero_gradient: bool = False
+    integral: bool = False
+
+    @property
+    def label(self) -> str:
+        """The call as a reader would write it, e.g. ``.item()``."""
+        known = _KNOWN_CALLS.get(self.name)
+        return known[0] if known else f"{self.name}()"
+
+    @property
+    def source(self) -> str:
+        """The source line, stripped; empty where Python has no source text (code run by ``exec``)."""
+        return linecache.getline(self.file, self.line).strip()
+
+    def remedy(self, blackbox: str) -> str:
+        """What to do about this call, with ``blackbox`` as the ways to differentiate it as it is."""
+        if self.zero_gradient:
+            return _STEP_FUNCTION.format(blackbox=blackbox)
+        known = _KNOWN_CALLS.get(self.name)
+        text = known[1] if known else _INDEX if self.integral else _NUMPY
+        return text.format(blackbox=blackbox)
+
+
+@dataclass(frozen=True)
+class GraphCut:
+    """A module call in which gradients are lost.
+
+    Attributes:
+        module: path of the innermost module in which the graph is cut, as in ``model.named_modules()``; ``""`` is the
+            model itself.
+        module_type: the name of its class, or of the function.
+        kind: how the gradient is lost.
+        lost: names of the parameters (as in ``model.named_parameters()``) and of the inputs (``"input 0"``) whose
+            gradient does not come through this module.
+        partial: those among ``lost`` that still receive a gradient by another path, so that what they receive is not
+            None but incomplete.
+        calls: the calls that cut, most telling first; empty where no call through torch's Python interface was seen
+            (compiled extensions, an autograd Function without a gradient).
+        is_function: what was watched is a function, not a module.
+    """
+
+    module: str
+    module_type: str
+    kind: CutKind
+    lost: tuple[str, ...]
+    partial: tuple[str, ...]
+    calls: tuple[CutCall, ...]
+    is_function: bool = False
+
+    @property
+    def remedy(self) -> str:
+        """What to do, in one sentence."""
+        blackbox = "blackbox(fn)"
+        if not self.is_function:
+            chosen = f"'{self.module}'" if self.module else "model"
+            blackbox += f" or attach FiniteDifferenceGradients(model, modules=[{chosen}])"
+        return self.calls[0].remedy(blackbox) if self.calls else _BLACKBOX.format(blackbox=blackbox)
+
+    def __str__(self) -> str:
+        where = "the function" if self.is_function else f"module '{self.module}'" if self.module else "the model itself"
+        lines = [f"{where} ({self.module_type}): {self.kind.value}"]
+        if self.lost:
+            lines.append(f"    lost: {_shortened(self.lost)}")
+        if self.partial:
+            lines.append(f"    of these, reached by another path (gradient incomplete): {_shortened(self.partial)}")
+        for call in self.calls:
+            lines.append(f"    cut by {call.label} at {call.file}:{call.line}")
+            if call.source:
+                lines.append(f"        {call.source}")
+        if not self.calls:
+            lines.append("    cut by a call that torch's Python interface does not show")
+        lines.append(f"    remedy: {self.remedy}")
+        return "\n".join(lines)
+
+
+class GraphCutReport(list[GraphCut]):
+    """The cuts of one forward pass, innermost first: a list that prints as a report."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no cut found: every parameter used in this forward pass is reached from its output"
+        head = f"{len(self)} cut{'s' if len(self) > 1 else ''} in the autograd graph, innermost first"
+        return "\n".join([head, *(f"{number}. {cut}" for number, cut in enumerate(self, start=1))])
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the modules in which the graph is cut, innermost first, each once."""
+        return list(dict.fromkeys(cut.module for cut in self))
+
+
+def _shortened(names: tuple[str, ...], limit: int = 8) -> str:
+    if len(names) <= limit:
+        return ", ".join(names)
+    return ", ".join(names[:limit]) + f" and {len(names) - limit} more"

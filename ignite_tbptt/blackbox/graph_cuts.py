@@ -1,0 +1,255 @@
+"""Finds where a model's autograd graph is cut, by watching one forward pass.
+
+The idea: give every parameter (and every input that requires grad) a bit, and let bits flow along the graph. The bits
+that enter a module, or that are read in it by a call whose result carries no gradient, and that do not leave it with
+its outputs, are lost in it. Three witnesses are joined: hooks on every module (what went in and came out), a
+`torch.overrides.TorchFunctionMode` (which call left the graph, and on which source line) and a walk over ``grad_fn``
+(what is reachable, and what only through derivatives that are zero). `cut_report` prints what they saw; `handler` binds
+finite differences to the modules that are named here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
+from ignite_tbptt.blackbox.forward_watch import CallRecord, CallWatch, ForwardWatch
+from ignite_tbptt.blackbox.module_state import attributes_kept
+from ignite_tbptt.blackbox.random_streams import random_streams_kept
+from ignite_tbptt.blackbox.reach import Reach, carries_gradient, tensors_in
+
+__all__ = ["find_graph_cuts", "is_compiled", "unwrapped"]
+
+_Model = TypeVar("_Model", bound=Callable[..., Any])
+
+
+def find_graph_cuts(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> GraphCutReport:
+    """Find the modules and source lines in which gradients get lost.
+
+    Example::
+
+        >>> import torch
+        >>> from ignite_tbptt.blackbox import find_graph_cuts
+        >>> class Actuator(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.tensor([round(value, 1) for value in x.tolist()])
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), Actuator())
+        >>> report = find_graph_cuts(model, torch.ones(2))
+        >>> print(report.modules, report[0].calls[0].label)
+        ['1'] .tolist()
+
+    The model runs once, with gradients enabled and in the train/eval mode it is in. Its parameters, buffers, attributes
+    and the random streams of torch, numpy and ``random`` are afterwards as they were; objects that its ``forward``
+    changes inside, such as a list it appends to, are not. A model that is wrapped in DistributedDataParallel,
+    DataParallel or ``torch.compile`` is watched inside its wrapper, and named from there.
+
+    What is followed: parameters that require grad and are used in this pass, and inputs that require grad. Where there
+    are neither, the floating-point inputs are followed as if they did.
+
+    Args:
+        model: a module, or any function of tensors.
+        inputs: positional arguments of one forward pass, tensors or nests of them.
+        kwargs: keyword arguments of that pass.
+
+    Returns:
+        A list of `GraphCut`, innermost module first, empty where every gradient arrives; print it to read it.
+
+    Raises:
+        TypeError: model is not callable.
+        ValueError: there is nothing that a gradient could reach.
+    """
+    if not callable(model):
+        raise TypeError(f"model must be a module or a function, got {model!r} of type {type(model).__name__}")
+    model = unwrapped(model)
+    inputs, kwargs, sources = _sources(model, inputs, kwargs)
+    watch = ForwardWatch(Reach(sources), _module_names(model))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_nothing_left_behind(model))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(watch.hooks(model))
+        stack.enter_context(CallWatch(watch))
+        outputs = _run(model, watch, inputs, kwargs)
+    return _report(watch, outputs)
+
+
+def unwrapped(model: _Model) -> _Model:
+    """The model inside DistributedDataParallel, DataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(model, nn.Module) and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or to a module in it."""
+    return any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
+
+
+def _module_names(model: Callable[..., Any]) -> dict[int, str]:
+    if not isinstance(model, nn.Module):
+        return {}
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def _sources(
+    model: Callable[..., Any], inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
+    """Name everything that should receive a gradient."""
+    named = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
+    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+    def wanted() -> dict[str, Tensor]:
+        labelled = [(f"input {index}", value) for index, value in enumerate(inputs)]
+        labelled += [(f"input {name!r}", value) for name, value in kwargs.items()]
+        pairs = [(label, tensor) for label, value in labelled for tensor in tensors_in(value) if tensor.requires_grad]
+        seen: dict[str, Tensor] = {}
+        for label, tensor in pairs:
+            # a nest of several tensors is one argument: number what is inside it
+            alike = sum(name.startswith(label) for name in seen)
+            seen[f"{label} ({alike + 1})" if alike else label] = tensor
+        return seen
+
+    sources = parameters | wanted()
+    if not sources:
+        inputs, kwargs = _requiring_grad(inputs), _requiring_grad(kwargs)
+        sources = wanted()
+    if not sources:
+        raise ValueError(
+            "nothing here can receive a gradient: no parameter requires grad and no input is a floating-point tensor; "
+            f"{len(named)} parameters are frozen. Call model.requires_grad_() or pass an input that requires grad"
+        )
+    return inputs, kwargs, sources
+
+
+def _requiring_grad(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_() if carries_gradient(value) else value
+    if isinstance(value, dict):
+        return {key: _requiring_grad(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_requiring_grad(item) for item in value)
+    return value
+
+
+def _run(model: Callable[..., Any], watch: ForwardWatch, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(model, nn.Module):
+        # the hooks of the model itself open and close the record of the whole
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return torch.func.functional_call(model, buffers, inputs, kwargs)
+    call = watch.enter("", model, (inputs, kwargs))
+    outputs = model(*inputs, **kwargs)
+    watch.leave(call, outputs)
+    return outputs
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(model: Callable[..., Any]) -> Iterator[None]:
+    """Keep the random streams, run compiled modules eagerly and stay silent about conversions that are the finding."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(random_streams_kept())
+        if isinstance(model, nn.Module):
+            stack.enter_context(attributes_kept(model))
+            if is_compiled(model) and hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True")
+        warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+        yield
+
+
+def _report(watch: ForwardWatch, outputs: Any) -> GraphCutReport:
+    root = watch.root
+    assert root is not None
+    arrived = watch.reach.of([tensor for tensor in tensors_in(outputs) if carries_gradient(tensor)])
+    found: dict[tuple[str, CutKind], _Finding] = {}
+    explained = _explain(root, arrived.live, found)
+    unexplained = arrived.any & ~arrived.live & ~explained
+    if unexplained:
+        found.setdefault(("", CutKind.ZERO_GRADIENT), _Finding(root.type_name)).lost |= unexplained
+    named = watch.reach.named
+    return GraphCutReport(
+        GraphCut(
+            module=path,
+            module_type=finding.type_name,
+            kind=kind,
+            lost=named(finding.lost),
+            partial=named(finding.lost & arrived.live),
+            calls=finding.told(),
+            is_function=root.is_function,
+        )
+        for (path, kind), finding in found.items()
+    )
+
+
+@dataclass(eq=False)
+class _Finding:
+    """What the calls of one module, taken together, lost in one way."""
+
+    type_name: str
+    lost: int = 0
+    calls: dict[CutCall, int] = field(default_factory=dict)
+
+    def told(self) -> tuple[CutCall, ...]:
+        return tuple(sorted(self.calls, key=self.calls.__getitem__))
+
+
+def _explain(call: CallRecord, arrived: int, found: dict[tuple[str, CutKind], _Finding]) -> int:
+    """Attribute what is lost to the innermost calls; returns the bits accounted for in this call and below.
+
+    A module that returns no floating-point tensor cannot carry a gradient whatever is done to it, and one that its
+    caller ran without gradients is not at fault: both leave the matter, and their events, to the caller.
+    """
+    explained = 0
+    for child in call.children:
+        explained |= _explain(child, arrived, found)
+    answerable = (call.gives_float and call.grad_enabled) or call.parent is None
+    if not answerable:
+        assert call.parent is not None
+        call.parent.events.extend(call.events)
+        return explained
+    severed = not call.gives_grad
+    read = 0
+    for _, bits, _ in call.events:
+        read |= bits
+    # What went in and was not seen to be read may have been meant to be ignored, unless nothing at all came through.
+    lost = (read | (call.entered if severed and call.gives_float else 0)) & ~call.left.live & ~explained
+    if not severed:
+        lost &= ~arrived
+    if not lost:
+        return explained
+    for kind, bits in _by_kind(call, lost, severed):
+        finding = found.setdefault((call.path, kind), _Finding(call.type_name))
+        finding.lost |= bits
+        for event, rank in _witnesses(call.events, bits):
+            finding.calls.setdefault(event, rank)
+    return explained | lost
+
+
+def _by_kind(call: CallRecord, lost: int, severed: bool) -> list[tuple[CutKind, int]]:
+    if severed:
+        return [(CutKind.NO_GRAD_FN, lost)]
+    dead = lost & call.left.any
+    pairs = [(CutKind.UNREACHABLE, lost & ~dead), (CutKind.ZERO_GRADIENT, dead)]
+    return [(kind, bits) for kind, bits in pairs if bits]
+
+
+def _witnesses(events: list[tuple[CutCall, int, int]], lost: int) -> list[tuple[CutCall, int]]:
+    """For every lost bit the most telling calls that read it; the others are bystanders."""
+    best: list[tuple[CutCall, int]] = []
+    for wanted in range(3):
+        best += [(event, rank) for event, bits, rank in events if rank == wanted and bits & lost]
+        for _, bits, rank in events:
+            if rank == wanted:
+                lost &= ~bits
+    return best

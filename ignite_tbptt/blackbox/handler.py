@@ -1,0 +1,287 @@
+"""The Ignite handler that swaps finite-difference gradients into an unchanged model while an engine runs.
+
+The idea: a run opens with bindings on the chosen modules (`module.bind`) and closes without them. Where no module is
+chosen, the first forward that builds a graph is watched with `graph_cuts.find_graph_cuts`, and the innermost modules
+that cut it are bound before that same forward goes on. Pairs with any engine: Ignite's supervised trainer, a TBPTT
+trainer, a process function of one's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.utils import setup_logger
+from torch import nn
+
+from ignite_tbptt.blackbox.cut_report import CutKind, GraphCutReport
+from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
+from ignite_tbptt.blackbox.graph_cuts import find_graph_cuts, is_compiled, unwrapped
+from ignite_tbptt.blackbox.module import bind, bindings_of
+from ignite_tbptt.blackbox.module_state import outside_compiled_code
+
+__all__ = ["FiniteDifferenceGradients", "ModuleChoice"]
+
+ModuleChoice = str | type[nn.Module] | nn.Module
+
+
+class FiniteDifferenceGradients:
+    """Gives modules that cut the autograd graph gradients by finite differences, during an engine's run.
+
+    Example::
+
+        handler = FiniteDifferenceGradients(model, modules=["cell.actuator"])
+        with handler.attach(trainer):
+            trainer.run(loader, max_epochs=5)
+        print(handler.nfev, handler.seconds)
+
+    The model stays the same object with the same modules, parameters and state_dict keys; only hooks come when the run
+    starts and go when it is completed. A run that ends in an exception leaves them in place, unless it is inside the
+    ``with``, or until `detach`.
+
+    With ``modules=None`` the first forward of the model with gradients enabled is preceded by one that is watched (see
+    `find_graph_cuts`): the modules in which the graph is cut are bound, and a log line says which. Modules that only
+    round or take signs keep their zero gradient, and are named in the log: a difference over a jump means nothing
+    before someone has chosen its step.
+
+    Args:
+        model: the model, bare or wrapped in DistributedDataParallel, DataParallel or ``torch.compile``.
+        modules: names as in ``model.named_modules()`` (of the model inside its wrapper), module classes, or modules
+            themselves, one or several; None to find them. A module inside another chosen one is covered by it.
+        estimator: how gradients are estimated; central differences by default.
+        evaluator: where the evaluations run; one after the other by default.
+        in_dims: the batch axis of each positional argument of the chosen modules whose rows are independent, as in
+            `blackbox`: a column of rows then costs no more than one element. Modules that differ in this need a handler
+            each.
+        out_dims: the batch axis of their outputs, where in_dims is given.
+
+    Attributes:
+        counts: evaluations and seconds for each bound module, by name, over all runs.
+        report: what `find_graph_cuts` found, None before the first forward or where modules were given.
+
+    Raises:
+        TypeError: model is not a module; an entry of modules is none of the three.
+        ValueError: a name, class or module that is not in the model; an empty choice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: ModuleChoice | Iterable[ModuleChoice] | None = None,
+        *,
+        estimator: Estimator | None = None,
+        evaluator: Evaluator | None = None,
+        in_dims: Any = None,
+        out_dims: int | Sequence[int] = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            kind = type(model).__name__
+            raise TypeError(f"model must be a torch.nn.Module, got {kind}; for a function use blackbox(fn)")
+        self._wrapped = model
+        self._model: nn.Module = unwrapped(model)
+        self._chosen = None if modules is None else _chosen(self._model, modules)
+        self._options: dict[str, Any] = {
+            "estimator": estimator,
+            "evaluator": evaluator,
+            "in_dims": in_dims,
+            "out_dims": out_dims,
+        }
+        self.counts: dict[str, EvaluationCount] = {}
+        self.report: GraphCutReport | None = None
+        self.logger = setup_logger(__name__ + "." + self.__class__.__name__)
+        self._removals: list[Callable[[], None]] = []
+        self._attached: dict[int, tuple[Engine, list[Any]]] = {}
+        self._running: set[int] = set()
+
+    @property
+    def nfev(self) -> int:
+        """Evaluations of modules spent on gradients, over all modules and runs."""
+        return sum(count.nfev for count in self.counts.values())
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in those evaluations."""
+        return sum(count.seconds for count in self.counts.values())
+
+    def attach(self, engine: Engine) -> FiniteDifferenceGradients:
+        """Swap gradients in whenever this engine runs; a second attach to the same engine changes nothing.
+
+        Returns:
+            The handler, to be used as ``with handler.attach(engine): engine.run(...)``.
+        """
+        if id(engine) not in self._attached:
+            handles = [
+                engine.add_event_handler(Events.STARTED, self._start),
+                engine.add_event_handler(Events.COMPLETED, self._complete),
+                # terminate(skip_completed=True) fires this alone
+                engine.add_event_handler(Events.TERMINATE, self._complete),
+            ]
+            self._attached[id(engine)] = (engine, handles)
+        return self
+
+    def detach(self) -> None:
+        """Take the gradients out, and leave every engine."""
+        for _, handles in self._attached.values():
+            for handle in handles:
+                handle.remove()
+        self._attached.clear()
+        self._running.clear()
+        self._remove()
+
+    def __enter__(self) -> FiniteDifferenceGradients:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _start(self, engine: Engine) -> None:
+        # A run that was interrupted or that raised starts again with its bindings in place.
+        self._running.add(id(engine))
+        if self._removals:
+            return
+        self._forget_compiled_code()
+        if self._chosen is None:
+            self._removals = [_FirstForward(self._model, self._discover).remove]
+        else:
+            self._bind(self._chosen)
+
+    def _complete(self, engine: Engine) -> None:
+        if id(engine) not in self._running:
+            return
+        self._running.remove(id(engine))
+        if not self._running:
+            self._remove()
+            for name, count in self.counts.items():
+                self.logger.info("%s: %d evaluations in %.3f s", name, count.nfev, count.seconds)
+
+    def _forget_compiled_code(self) -> None:
+        # What torch.compile made of a module does not look at hooks that come or go later.
+        if is_compiled(self._wrapped):
+            torch.compiler.reset()
+
+    def _remove(self) -> None:
+        if not self._removals:
+            return
+        for remove in self._removals:
+            remove()
+        self._removals = []
+        self._forget_compiled_code()
+
+    def _bind(self, paths: list[str]) -> None:
+        for path in paths:
+            # by its path, since the module there may be another than in the run before
+            module = self._model.get_submodule(path)
+            name = self._told(path)
+            count = self.counts.setdefault(name, EvaluationCount())
+            self._removals.append(bind(module, name=name, count=count, **self._options))
+
+    def _told(self, path: str) -> str:
+        return path or type(self._model).__name__
+
+    def _discover(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.report = find_graph_cuts(self._model, *args, **kwargs)
+        paths = dict.fromkeys(cut.module for cut in self.report if cut.kind is not CutKind.ZERO_GRADIENT)
+        self._chosen = _outermost(paths)
+        self._remove()
+        self._bind(self._chosen)
+        if not self.report:
+            self.logger.warning("%s: %s; nothing to do", self._told(""), self.report)
+            return
+        bound = ", ".join(
+            f"{self._told(path)} ({_size(self._model.get_submodule(path))} parameter values)" for path in self._chosen
+        )
+        self.logger.info("finite differences for %s\n%s", bound or "no module", self.report)
+
+
+class _FirstForward:
+    """A hook before the model's forward that looks for cuts once, when a graph is to be built."""
+
+    def __init__(self, model: nn.Module, discover: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        self._model: nn.Module | None = model
+        self._discover = discover
+        self._busy = False
+        self.remove = model.register_forward_pre_hook(self.before, with_kwargs=True).remove
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _FirstForward:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # in another process there is no handler to tell
+        return {"_model": None, "_busy": False}
+
+    @outside_compiled_code
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Look for cuts; the forward that follows runs with what was bound because of them."""
+        if self._busy or module is not self._model or not torch.is_grad_enabled():
+            return None
+        known = bindings_of(module)
+        self._busy = True
+        try:
+            self._discover(args, kwargs)
+        finally:
+            self._busy = False
+        # A binding that is put on the model itself now is too late to be called before this forward.
+        new = [binding for binding in bindings_of(module) if binding not in known]
+        return new[0].begin(module, args, kwargs) if new else None
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _chosen(model: nn.Module, modules: ModuleChoice | Iterable[ModuleChoice]) -> list[str]:
+    choices = [modules] if isinstance(modules, (str, type, nn.Module)) else list(modules)
+    if not choices:
+        raise ValueError("modules is empty: name at least one module, or pass None to have the cuts found")
+    return _outermost(dict.fromkeys(path for choice in choices for path in _matching(model, choice)))
+
+
+def _matching(model: nn.Module, choice: ModuleChoice) -> list[str]:
+    named = dict(model.named_modules())
+    if isinstance(choice, str):
+        # a module that is used in two places may be called by either name
+        by_any_name = dict(model.named_modules(remove_duplicate=False))
+        if choice not in by_any_name:
+            near = (
+                difflib.get_close_matches(choice, by_any_name, n=3, cutoff=0.4) or [name for name in named if name][:10]
+            )
+            raise ValueError(
+                f"modules: there is no module {choice!r} in {type(model).__name__}; the nearest names are {near}"
+            )
+        return [name for name, module in named.items() if module is by_any_name[choice]]
+    if isinstance(choice, type):
+        matching = [name for name, module in named.items() if isinstance(module, choice)]
+        kinds = sorted({type(module).__name__ for module in named.values()})
+        if not matching:
+            raise ValueError(f"modules: no {choice.__name__} in {type(model).__name__}; it is made of {kinds}")
+        return matching
+    if isinstance(choice, nn.Module):
+        matching = [name for name, module in named.items() if module is choice]
+        if not matching:
+            raise ValueError(
+                f"modules: this {type(choice).__name__} is not part of {type(model).__name__} (a copy of one of its "
+                "modules is not the module); name it as in model.named_modules()"
+            )
+        return matching
+    raise TypeError(
+        f"modules: expected names, module classes or modules, got {choice!r} of type {type(choice).__name__}"
+    )
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """Without those inside another: the outer one's evaluations run through them."""
+    paths = list(paths)
+
+    def inside(path: str, other: str) -> bool:
+        return path != other and (other == "" or path.startswith(other + "."))
+
+    return [path for path in paths if not any(inside(path, other) for other in paths)]

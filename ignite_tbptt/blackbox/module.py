@@ -1,0 +1,330 @@
+"""Finite differences for an nn.Module: gradients for its inputs and its parameters, by hooks on the module itself.
+
+The idea: let the module's own forward run, once and untouched; a forward hook then detaches what came out and gives it
+a ``grad_fn`` whose backward evaluates ``module.forward`` at moved inputs and parameters. The module stays the object it
+is, so state_dict keys, optimizers, deepcopy, pickling and DistributedDataParallel notice nothing. Evaluations go
+through `torch.func.functional_call`, never through in-place moves of a weight, and start from the `ModuleState` in
+which the forward began. Pairs with every estimator and evaluator; `handler` decides which modules are bound and for how
+long.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
+from ignite_tbptt.blackbox.function import blackbox
+from ignite_tbptt.blackbox.module_call import Differencing, ModuleCall, tensors_of_call
+from ignite_tbptt.blackbox.module_state import ModuleState, outside_compiled_code
+from ignite_tbptt.blackbox.reach import Reach
+
+__all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A forward that is under way: the state it began in and the inputs it was called with."""
+
+    state: ModuleState
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Binding:
+    """Finite differences on one module, as a pair of forward hooks.
+
+    Make one with `bind`. While it is active, a forward with gradients enabled gives outputs whose backward evaluates
+    the module's forward at moved inputs and parameters, as the estimator says. Only inputs and parameters that require
+    grad cost evaluations. The hook on the output goes before the user's own hooks and the one on the inputs after them,
+    so that theirs are differentiated by autograd and run once a forward, not once an evaluation.
+
+    A state that the module keeps on itself is a constant to each call: gradients flow from call to call only through
+    arguments. Copies of the module (deepcopy) share its binding: they stop when it is removed.
+
+    Attributes:
+        name: what the module is called in messages.
+        active: False once removed.
+    """
+
+    def __init__(self, name: str, how: Differencing) -> None:
+        self.name = name
+        self.active = True
+        self._how = how
+        self._begun: dict[tuple[int, int], list[_Begun | None]] = {}
+        self._checked = self._told = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_begun": {}}
+
+    @outside_compiled_code
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The hook before a forward: hold the state it starts from, and hand the module copies of its inputs."""
+        waiting = self._begun.setdefault((threading.get_ident(), id(module)), [])
+        if not (torch.is_grad_enabled() and self._in_charge(module)):
+            waiting.append(None)
+            return None
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                f"{self.name}: DataParallel runs copies whose parameters are not parameters, so that theirs cannot be "
+                "moved; use DistributedDataParallel, or one device"
+            )
+        state = ModuleState.of(module)
+        self._warn_once_of_hidden_gradients(module, state)
+        waiting.append(_Begun(state, args, kwargs))
+        copies: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_copied, (args, kwargs))
+        return copies
+
+    @outside_compiled_code
+    def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        """The hook after a forward, also one that raised: give what came out a gradient by finite differences."""
+        key = threading.get_ident(), id(module)
+        waiting = self._begun.get(key, [])
+        begun = waiting.pop() if waiting else None
+        if not waiting:
+            self._begun.pop(key, None)
+        if begun is None or outputs is None:
+            return None
+        # A full backward hook hands its inputs through a node of its own, which the gradient has to pass.
+        hooked = bool(module._backward_hooks or module._backward_pre_hooks)
+        args, kwargs = args if hooked else begun.args, begun.kwargs
+        call = ModuleCall(module, begun.state, args, kwargs, self.name, hooked=False)
+        tensors = tensors_of_call(module, args, kwargs)
+        if not any(tensor.requires_grad for tensor in tensors):
+            return None
+        self._warn_once_where_autograd_sees(tensors, outputs)
+        return call.differentiable(outputs, tensors, self._how)
+
+    def _in_charge(self, module: nn.Module) -> bool:
+        """Of several bindings on one module the one that came last answers, the others stand by."""
+        return next((binding for binding in bindings_of(module) if binding.active), None) is self
+
+    def _warn_once_of_hidden_gradients(self, module: nn.Module, state: ModuleState) -> None:
+        names = state.tensors_in_a_graph(module) if not self._told else []
+        if names:
+            self._told = True
+            warnings.warn(
+                f"{self.name}: attribute {names[0]!r} holds a tensor that requires grad but is neither a parameter nor "
+                "an input of forward; if forward uses it, its gradient is lost. Pass it to forward as an argument, or "
+                "detach it; for weight_norm and spectral_norm use those of torch.nn.utils.parametrizations",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _warn_once_where_autograd_sees(self, tensors: list[Tensor], outputs: Any) -> None:
+        if self._checked:
+            return
+        self._checked = True
+        reach = Reach({str(index): tensor for index, tensor in enumerate(tensors) if tensor.requires_grad})
+        if reach.of(outputs).live == (1 << len(reach.names)) - 1:
+            warnings.warn(
+                f"{self.name}: autograd sees through this module without help; finite differences now replace exact "
+                "gradients, at the price of many evaluations. Leave it out of modules=...",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def bind(
+    module: nn.Module,
+    *,
+    name: str | None = None,
+    estimator: Estimator | None = None,
+    evaluator: Evaluator | None = None,
+    in_dims: Any = None,
+    out_dims: int | Sequence[int] = 0,
+    count: EvaluationCount | None = None,
+) -> Callable[[], None]:
+    """Give a module finite-difference gradients, in place; returns the function that takes them away again.
+
+    Example::
+
+        >>> import torch
+        >>> from ignite_tbptt.blackbox.module import bind
+        >>> class Square(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.from_numpy(x.detach().numpy() ** 2)
+        >>> square, x = Square(), torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> remove = bind(square)
+        >>> square(x).sum().backward()
+        >>> x.grad.round(decimals=2)
+        tensor([6., 8.])
+        >>> remove()
+
+    Args:
+        module: any module that runs in Python.
+        name: what to call it in messages; its class by default.
+        estimator: how the gradient is estimated; central differences by default.
+        evaluator: where the evaluations run; one after the other by default.
+        in_dims: the batch axis of each positional argument whose rows are independent, as in `blackbox`; parameters are
+            shared by all rows.
+        out_dims: the batch axis of the outputs, where in_dims is given.
+        count: where to count evaluations and seconds.
+
+    Raises:
+        TypeError: module is not an nn.Module, or a ScriptModule, whose forward takes no hooks of this kind.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module must be a torch.nn.Module, got {type(module).__name__}; for a function use blackbox(fn)"
+        )
+    _refuse_script(module)
+    how = Differencing(estimator, evaluator, in_dims, out_dims, EvaluationCount() if count is None else count)
+    binding = Binding(type(module).__name__ if name is None else name, how)
+    before = module.register_forward_pre_hook(binding.begin, with_kwargs=True)
+    after = module.register_forward_hook(binding.finish, with_kwargs=True, prepend=True, always_call=True)
+
+    def remove() -> None:
+        binding.active = False
+        before.remove()
+        after.remove()
+
+    return remove
+
+
+def bindings_of(module: nn.Module) -> list[Binding]:
+    """The bindings on a module, the one that came last first."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Binding)]
+
+
+def unbind(model: nn.Module) -> int:
+    """Remove every binding from a model and its submodules, e.g. from one loaded by pickle; returns how many.
+
+    Copies of the model that share a binding keep theirs.
+    """
+    removed = 0
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            ours = [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Binding)]
+            for key in ours:
+                del hooks[key]
+        # of each pair the one on the output was the last to be looked through
+        removed += len(ours)
+    return removed
+
+
+class Blackbox(nn.Module):
+    """A module, or a function, with gradients by finite differences for its inputs and parameters.
+
+    Example::
+
+        >>> import torch
+        >>> from ignite_tbptt.blackbox import Blackbox
+        >>> class Gain(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gain = torch.nn.Parameter(torch.tensor(2.0))
+        ...     def forward(self, x):
+        ...         return torch.tensor([float(self.gain) * value for value in x.tolist()])
+        >>> gain = Blackbox(Gain())
+        >>> gain(torch.tensor([1.0, 2.0])).sum().backward()
+        >>> round(gain.module.gain.grad.item(), 3), gain.nfev
+        (3.0, 2)
+
+    The module runs without gradients, on copies of its inputs, hooks and all; it may call ``.numpy()``, change what it
+    is given and return the same buffer every time. Where its place in a model has to keep its name and its state_dict
+    keys, use `bind` or `FiniteDifferenceGradients` instead.
+
+    Args:
+        module_or_fn: an nn.Module, or a function of tensors.
+        estimator: how the gradient is estimated; central differences by default.
+        evaluator: where the evaluations run; one after the other by default.
+        in_dims: the batch axis of each positional argument whose rows are independent, as in `blackbox`.
+        out_dims: the batch axis of the outputs, where in_dims is given.
+        numpy: hand the function numpy arrays, as `blackbox` does; for functions only.
+
+    Raises:
+        TypeError: module_or_fn is not callable, or is a ScriptModule.
+        ValueError: numpy is asked for with a module.
+    """
+
+    def __init__(
+        self,
+        module_or_fn: Callable[..., Any],
+        *,
+        estimator: Estimator | None = None,
+        evaluator: Evaluator | None = None,
+        in_dims: Any = None,
+        out_dims: int | Sequence[int] = 0,
+        numpy: bool = False,
+    ) -> None:
+        super().__init__()
+        self._how = Differencing(estimator, evaluator, in_dims, out_dims)
+        self.module: nn.Module | None = None
+        self._function: Callable[..., Any] | None = None
+        if isinstance(module_or_fn, nn.Module):
+            if numpy:
+                raise ValueError("numpy=True is for functions of arrays; a module is handed tensors, leave it out")
+            _refuse_script(module_or_fn)
+            self.module = module_or_fn
+        else:
+            self.fn = module_or_fn
+            self._function = blackbox(
+                module_or_fn,
+                estimator=estimator,
+                evaluator=evaluator,
+                in_dims=in_dims,
+                out_dims=out_dims,
+                numpy=numpy,
+                count=self.count,
+            )
+
+    @property
+    def count(self) -> EvaluationCount:
+        """What gradients have cost so far."""
+        return self._how.count
+
+    @property
+    def nfev(self) -> int:
+        """Evaluations spent on gradients so far."""
+        return self.count.nfev
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in those evaluations."""
+        return self.count.seconds
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The value of the module or function, with a ``grad_fn`` that evaluates it again."""
+        if self.module is None:
+            assert self._function is not None
+            return self._function(*args, **kwargs)
+        state = ModuleState.of(self.module)
+        copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
+        with torch.no_grad():
+            outputs = self.module(*copied_args, **copied_kwargs)
+        call = ModuleCall(self.module, state, args, kwargs, type(self.module).__name__, hooked=True)
+        tensors = tensors_of_call(self.module, args, kwargs)
+        return call.differentiable(outputs, tensors, self._how)
+
+    def extra_repr(self) -> str:
+        """The function, where there is one, and the estimator."""
+        function = [] if self._function is None else [getattr(self.fn, "__name__", repr(self.fn))]
+        chosen = [] if self._how.estimator is None else [f"estimator={self._how.estimator}"]
+        return ", ".join(function + chosen)
+
+
+def _refuse_script(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            "module is a ScriptModule, whose forward cannot be run with other tensors in the place of its parameters; "
+            "use the Python module that it was made of"
+        )
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,64 @@
+"""The names that users import, pinned; each documented, with its examples run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+
+import pytest
+
+from ignite_tbptt import blackbox as package
+
+MODULES = ["directions", "estimator", "function", "random_streams", "step_size", "stencil", "sweep"]
+EXPORTED = [
+    "SPSA",
+    "AbsoluteStep",
+    "Blackbox",
+    "BlackboxError",
+    "BlackboxFunction",
+    "BoundedStep",
+    "CentralDifference",
+    "Coordinates",
+    "CutCall",
+    "CutKind",
+    "Directions",
+    "Estimator",
+    "EvaluationCount",
+    "Evaluator",
+    "FiniteDifferenceGradients",
+    "ForwardDifference",
+    "Gaussian",
+    "GaussianSmoothing",
+    "GraphCut",
+    "GraphCutReport",
+    "Orthogonal",
+    "Rademacher",
+    "RelativeStep",
+    "SerialEvaluation",
+    "StackedEvaluation",
+    "Stencil",
+    "StepSize",
+    "StepSweep",
+    "UntrustedGradientWarning",
+    "backward",
+    "bind",
+    "blackbox",
+    "central",
+    "find_graph_cuts",
+    "forward",
+    "step_sweep",
+    "unbind",
+]
+
+
+def test_the_exported_names() -> None:
+    assert package.__all__ == EXPORTED
+    for name in package.__all__:
+        assert inspect.getdoc(getattr(package, name)), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"ignite_tbptt.blackbox.{name}"))
+    assert results.failed == 0
