@@ -96,13 +96,18 @@ class Corpus:
 class History:
     """What the picture shows; it is in the checkpoint, so that a resumed run draws the whole curve."""
 
+    epochs: int
     train: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train": list(self.train), "held_out": list(self.held_out)}
+        return {"epochs": self.epochs, "train": list(self.train), "held_out": list(self.held_out)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["epochs"] != self.epochs:  # the learning rate follows one cycle over all of them
+            raise SystemExit(
+                f"the checkpoint is of a run of {state['epochs']} epochs: resume with --epochs {state['epochs']}"
+            )
         self.train, self.held_out = list(state["train"]), list(state["held_out"])
 
 
@@ -176,7 +181,7 @@ def main() -> None:
     evaluator = create_supervised_tbptt_evaluator(
         model, {"bits": Loss(lambda y_pred, y: BITS * cross_entropy(y_pred, y), batch_size=torch.numel)}, 512
     )
-    history = History()
+    history = History(arguments.epochs)
 
     @trainer.on(Tbptt_Events.BACKWARD_COMPLETED)
     def clip() -> None:
@@ -210,7 +215,7 @@ def main() -> None:
         "history": history,
     }
     folder = arguments.output / f"char_{arguments.cell}_{arguments.hidden_size}"
-    saver = Checkpoint(to_save, DiskSaver(str(folder), require_empty=False), n_saved=1)
+    saver = Checkpoint(to_save, DiskSaver(str(folder), require_empty=False), n_saved=1, greater_or_equal=True)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=10) | Events.EPOCH_COMPLETED, saver)
 
     RunningAverage(output_transform=lambda loss: BITS * loss).attach(trainer, "bits", usage=RunningTimeWise())

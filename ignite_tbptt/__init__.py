@@ -1,6 +1,6 @@
 """Truncated back-propagation through time for PyTorch-Ignite, and gradients for blackboxes."""
 
-from ignite_tbptt.evaluator import create_supervised_tbptt_evaluator
+from ignite_tbptt.evaluator import create_supervised_tbptt_evaluator, time_steps_as_samples
 from ignite_tbptt.events import EpochTimeWise, RunningTimeWise, SequenceWise, Tbptt_Events
 from ignite_tbptt.handlers import TbpttProgressBar
 from ignite_tbptt.hidden import detach_hidden, reset_hidden
@@ -29,4 +29,5 @@ __all__ = [
     "reset_hidden",
     "split_sequence",
     "supervised_tbptt_training_step",
+    "time_steps_as_samples",
 ]

@@ -15,6 +15,7 @@ import torch
 
 from ignite_tbptt import nest
 from ignite_tbptt.hidden import detach_hidden, move_hidden, restore_precision
+from ignite_tbptt.sequence import Cut
 from ignite_tbptt.truncation import Window
 
 
@@ -28,9 +29,9 @@ class HiddenCarry:
     amp_mode: str | None
 
     def through(
-        self, state: Any, windows: Sequence[Window], chunk: Any, detach: Callable[[Any], Any] = detach_hidden
+        self, state: Any, windows: Sequence[Window], cut: Cut, detach: Callable[[Any], Any] = detach_hidden
     ) -> HiddenThroughBatch:
-        """Begin a batch whose first chunk, not prepared yet, is `chunk`.
+        """Begin the batch that `cut` cuts.
 
         Raises:
             ValueError: the batch has another number of rows than the one that left the carried state.
@@ -38,7 +39,8 @@ class HiddenCarry:
         if not self.stateful:
             state.hidden = None
             return HiddenThroughBatch(self, state, windows, None, detach)
-        rows = count_rows(chunk, self.dim)
+        steps = windows[0][0].stop
+        rows = count_rows(cut(0, steps), self.dim, steps)
         if state.hidden is not None:
             _check_rows(rows, state.hidden_rows)
         return HiddenThroughBatch(self, state, windows, rows, detach)
@@ -63,6 +65,11 @@ class HiddenThroughBatch:
         self._revisited = {later[0].start for window, later in pairwise(windows) if later[0].start != window[-1].stop}
         self._kept = {0: state.hidden} if 0 in self._revisited else {}
         self._end = 0
+        self._length = windows[-1][-1].stop
+
+    def windows_left(self) -> bool:
+        """Return whether the sequence goes on behind the windows run so far."""
+        return self._end < self._length
 
     def enter(self, window: Window) -> None:
         """Set `engine.state.hidden` to the state at the start of `window`."""
@@ -94,20 +101,23 @@ class HiddenThroughBatch:
             self._kept[time] = self._cut(hidden)
 
     def leave(self) -> None:
-        """End the batch: a carried state goes on without its graph, so that it can be saved."""
-        if self._carry.stateful and self._state.hidden is not None:
-            self._state.hidden = self._cut(self._state.hidden)
-            self._state.hidden_rows = self._rows
+        """End the batch, or leave it because of an exception: the state stays, its graph goes."""
+        hidden = nest.map_tensors(torch.Tensor.detach, self._state.hidden)
+        self._state.hidden = hidden if self._carry.amp_mode is None else restore_precision(hidden)
+        self._state.hidden_rows = self._rows
 
     def _cut(self, hidden: Any) -> Any:
         hidden = self._detach(hidden)
         return hidden if self._carry.amp_mode is None else restore_precision(hidden)
 
 
-def count_rows(x: Any, dim: int) -> int | None:
-    """Return the number of rows of a batch: the size of its first axis that is not time, None where it has none."""
-    for tensor in nest.tensors(x):
-        if tensor.ndim >= 2:
+def count_rows(chunk: Any, dim: int, steps: int) -> int | None:
+    """Return the number of rows of a chunk of `steps` time steps, None where its tensors have no other axis than time.
+
+    Tensors without the time axis, which go whole with every chunk, are passed over.
+    """
+    for tensor in nest.tensors(chunk):
+        if tensor.ndim >= 2 and -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == steps:
             return tensor.shape[1 if dim % tensor.ndim == 0 else 0]
     return None
 

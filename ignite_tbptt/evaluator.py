@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
-from ignite.metrics import Loss, Metric
+from ignite.metrics import Loss, MeanAbsoluteError, MeanPairwiseDistance, MeanSquaredError, Metric
 
 from ignite_tbptt.carry import HiddenCarry
 from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, fire, register_time_events, stop_requested
@@ -38,7 +38,7 @@ class TbpttEvaluationStep:
     carry: HiddenCarry
     split_batch: SplitBatch
     output_transform: Callable[[Any, Any, Any], Any]
-    weighed_by_rows: tuple[str, ...]
+    counts_rows: tuple[str, ...]
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         """Evaluate one batch and return the output of its last chunk."""
@@ -46,8 +46,8 @@ class TbpttEvaluationStep:
         length, cut = self.split_batch(batch, self.carry.dim)
         windows = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
         state.time_iterations_per_sequence = len(windows)
-        self._warn_if_weighed_by_rows(length, windows[0][0].stop)
-        hidden = self.carry.through(state, windows, cut(0, windows[0][0].stop))
+        self._warn_if_rows_are_counted_again(len(windows))
+        hidden = self.carry.through(state, windows, cut)
         for window in windows:
             (segment,) = window
             state.time_iteration += 1
@@ -58,6 +58,7 @@ class TbpttEvaluationStep:
                 with self.forward.autocast(x):
                     y_pred, reached = self.forward.predict(x, hidden.start(x))
                 hidden.reach(segment.stop, reached)
+                state.counted_steps = 0 if y is None else segment.stop - segment.start
                 state.output = self.output_transform(x, y, y_pred)
             fire(engine, Tbptt_Events.TIME_ITERATION_COMPLETED)
             if stop_requested(engine):
@@ -65,15 +66,45 @@ class TbpttEvaluationStep:
         hidden.leave()
         return state.output
 
-    def _warn_if_weighed_by_rows(self, length: int, chunk: int) -> None:
-        if self.weighed_by_rows and length % chunk:
+    def _warn_if_rows_are_counted_again(self, chunks: int) -> None:
+        if self.counts_rows and chunks > 1:
             warnings.warn(
-                f"the metrics {', '.join(self.weighed_by_rows)} weigh each chunk by its rows, the shorter last chunk "
-                f"of {length % chunk} time steps as much as one of {chunk}. Weigh by what is averaged over: "
-                "Loss(loss_fn, batch_size=torch.numel), say.",
+                f"the metrics {', '.join(self.counts_rows)} divide by the rows of what they get, and with "
+                f"dim={self.carry.dim} they get the same rows in each of {chunks} chunks. Give "
+                "output_transform=time_steps_as_samples, or a Loss with batch_size=torch.numel.",
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def time_steps_as_samples(x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
+    """Return (y_pred, y) with rows and time in one axis, so that a metric takes every time step for a sample.
+
+    An `output_transform` for the evaluator, for y_pred of shape (T, B, ...) or (B, T, ...) and y alike.
+
+    Args:
+        x: not used.
+        y: target, None for a chunk that has none.
+        y_pred: output of the model.
+
+    Raises:
+        ValueError: the first two axes of y_pred and y are not of the same sizes.
+    """
+    if y is not None and y_pred.shape[:2] != y.shape[:2]:
+        raise ValueError(
+            f"y_pred of shape {tuple(y_pred.shape)} and y of shape {tuple(y.shape)} must begin with the same two axes, "
+            "rows and time: bring them there with model_transform and prepare_batch."
+        )
+    return y_pred.flatten(0, 1), y if y is None else y.flatten(0, 1)
+
+
+def _counts_rows(metric: Metric) -> bool:
+    """Return whether a metric divides by the size of the first axis, which is that of the rows unless dim is 0."""
+    if isinstance(metric, Loss):
+        return getattr(metric, "_batch_size", None) is len
+    transform = getattr(metric, "_output_transform", None)
+    made_by_ignite = str(getattr(transform, "__module__", "")).startswith("ignite.")
+    return made_by_ignite and isinstance(metric, (MeanAbsoluteError, MeanSquaredError, MeanPairwiseDistance))
 
 
 def create_supervised_tbptt_evaluator(
@@ -95,9 +126,9 @@ def create_supervised_tbptt_evaluator(
 ) -> Engine:
     """Create an evaluator that works through sequences in chunks, in the memory of one chunk.
 
-    Metrics are updated after every chunk and computed at the end of the epoch, so they are those over the whole
-    output. The state goes from chunk to chunk; the result does not depend on `tbtt_step`, unless the model is
-    bidirectional.
+    Metrics are updated after every chunk that has a target and computed at the end of the epoch, so they are those over
+    the whole output. The state goes from chunk to chunk; the result does not depend on `tbtt_step`, unless the model
+    is bidirectional, or a metric divides by rows that come again in every chunk (see below).
 
     Example:
         ::
@@ -109,8 +140,9 @@ def create_supervised_tbptt_evaluator(
             def evaluate():
                 print(evaluator.run(held_out).metrics)
 
-    Ignite's `Loss` weighs what it gets by `batch_size`, the size of the first axis by default. Chunks of different
-    lengths are weighed right by ``batch_size=torch.numel``.
+    Ignite's metrics take the first axis for samples. With time first that is a time step; with rows first the same rows
+    come again in every chunk, so give ``output_transform=time_steps_as_samples``. `Loss` weighs what it gets by
+    `batch_size`, the size of the first axis by default: ``batch_size=torch.numel`` is right for all shapes.
 
     Args:
         model: as for `create_supervised_tbptt_trainer`; set to eval mode.
@@ -152,10 +184,10 @@ def create_supervised_tbptt_evaluator(
         carry=HiddenCarry(stateful, initial_hidden, dim, amp_mode),
         split_batch=split_batch,
         output_transform=output_transform,
-        weighed_by_rows=tuple(
+        counts_rows=tuple(
             name
             for name, metric in metrics.items()
-            if dim != 0 and isinstance(metric, Loss) and getattr(metric, "_batch_size", None) is len
+            if dim != 0 and output_transform is not time_steps_as_samples and _counts_rows(metric)
         ),
     )
     engine = Engine(step)

@@ -6,7 +6,7 @@ event takes these, with ``every``, ``once``, ``before``, ``after`` and ``event_f
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from ignite.engine import Engine, EventEnum, Events
 from ignite.metrics.metric import MetricUsage
@@ -52,6 +52,7 @@ def register_time_events(engine: Engine, *events: Tbptt_Events) -> None:
     engine.state.time_iteration = 0  # type: ignore[attr-defined]
     engine.state.time_iterations_per_sequence = None  # type: ignore[attr-defined]
     engine.state.optimizer_step = 0  # type: ignore[attr-defined]
+    engine.state.counted_steps = 0  # type: ignore[attr-defined]
     engine.add_event_handler(Events.STARTED, _restart_counters)
 
 
@@ -90,8 +91,9 @@ def fire_and_ask(engine: Engine, event: Tbptt_Events) -> bool:
         fire(engine, event)
         return stop_requested(engine)
     finally:
-        engine.should_terminate = engine.should_terminate or pending[0]
-        engine.should_terminate_single_epoch = engine.should_terminate_single_epoch or pending[1]
+        # The earlier request goes first: it may also say what to skip.
+        engine.should_terminate = pending[0] or engine.should_terminate
+        engine.should_terminate_single_epoch = pending[1] or engine.should_terminate_single_epoch
 
 
 def stop_requested(engine: Engine) -> bool:
@@ -99,8 +101,17 @@ def stop_requested(engine: Engine) -> bool:
     return bool(engine.should_terminate or engine.should_terminate_single_epoch)
 
 
+def _has_loss(engine: Any, _: int) -> bool:
+    return bool(engine.state.counted_steps)
+
+
+def _windows_with_a_loss() -> Any:
+    """Return TIME_ITERATION_COMPLETED for windows in which a time step counts: the others have nothing to measure."""
+    return Tbptt_Events.TIME_ITERATION_COMPLETED(event_filter=_has_loss)
+
+
 class EpochTimeWise(MetricUsage):
-    """Metric over an epoch, updated at every time iteration.
+    """Metric over an epoch, updated at every time iteration that has a target.
 
     Example:
         >>> from ignite.metrics import Average
@@ -113,12 +124,12 @@ class EpochTimeWise(MetricUsage):
         super().__init__(
             started=Events.EPOCH_STARTED,
             completed=Events.EPOCH_COMPLETED,
-            iteration_completed=Tbptt_Events.TIME_ITERATION_COMPLETED,
+            iteration_completed=_windows_with_a_loss(),
         )
 
 
 class SequenceWise(MetricUsage):
-    """Metric over the sequence of one batch, updated at every time iteration, computed when the batch is done."""
+    """Metric over the sequence of one batch, updated at every time iteration that has a target."""
 
     usage_name = "sequence_wise"
 
@@ -126,18 +137,18 @@ class SequenceWise(MetricUsage):
         super().__init__(
             started=Events.ITERATION_STARTED,
             completed=Events.ITERATION_COMPLETED,
-            iteration_completed=Tbptt_Events.TIME_ITERATION_COMPLETED,
+            iteration_completed=_windows_with_a_loss(),
         )
 
 
 class RunningTimeWise(MetricUsage):
-    """Metric over the run, updated and computed at every time iteration; the usage for `RunningAverage`."""
+    """Metric over the run, updated and computed at every time iteration that has a target, as for `RunningAverage`."""
 
     usage_name = "running_time_wise"
 
     def __init__(self) -> None:
         super().__init__(
             started=Events.STARTED,
-            completed=cast(Events, Tbptt_Events.TIME_ITERATION_COMPLETED),
-            iteration_completed=Tbptt_Events.TIME_ITERATION_COMPLETED,
+            completed=_windows_with_a_loss(),
+            iteration_completed=_windows_with_a_loss(),
         )

@@ -98,9 +98,12 @@ class ChunkForward:
         return self.model_transform(y_pred), hidden
 
 
-def warn_if_underflow(amp_mode: str | None, scaler: Any, device: str | torch.device | None) -> None:
+def warn_if_underflow(amp_mode: str | None, scaler: Any, device: str | torch.device | None, model: Any) -> None:
     """Warn where gradients would be float16 with nothing to keep the small ones from vanishing."""
-    kind = "cpu" if device is None else torch.device(device).type
+    if device is not None:
+        kind = torch.device(device).type
+    else:
+        kind = device_of(list(model.parameters()) if isinstance(model, torch.nn.Module) else None).type
     if amp_mode == "amp" and scaler is None and torch.get_autocast_dtype(kind) == torch.float16:
         warnings.warn(
             f"amp_mode='amp' computes in float16 on {kind}, where gradients below 6e-8 vanish without a gradient "

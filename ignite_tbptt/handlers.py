@@ -12,7 +12,6 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from ignite_tbptt.events import Tbptt_Events
-from ignite_tbptt.resume import resumes_inside_epoch
 
 
 class TbpttProgressBar:
@@ -84,8 +83,8 @@ class TbpttProgressBar:
 
     def _open(self, engine: Engine) -> None:
         self._close()
-        seen_before = engine.state.iteration % (engine.state.epoch_length or 1) if resumes_inside_epoch(engine) else 0
-        self._place = _Place(batch=seen_before)
+        state: Any = engine.state
+        self._place = _Place(batch=state.batch_in_epoch)
         self._bar = self._tqdm(total=None, **self._tqdm_kwargs)
 
     def _close(self) -> None:

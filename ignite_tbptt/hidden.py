@@ -143,23 +143,35 @@ def warn_if_bidirectional(model: Any) -> None:
             return
 
 
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def pack_hidden(hidden: Any) -> Any:
     """Return the state in the plain types that ``torch.load(weights_only=True)`` accepts.
 
-    Tensors are detached and cloned, so that the view of a last step does not save the storage of all steps. A named
-    tuple or dataclass becomes a dict that names its class; `unpack_hidden` finds the class again.
+    Tensors are detached and cloned, so that the view of a last step does not save the storage of all steps. A container
+    of a class of its own becomes a dict that names the class; `unpack_hidden` finds it again.
+
+    Raises:
+        ValueError: the state holds something that would not come back from a file.
     """
     if isinstance(hidden, torch.Tensor):
         return hidden.detach().clone()
-    if isinstance(hidden, (list, tuple)) and not hasattr(hidden, "_fields"):
-        return (tuple if isinstance(hidden, tuple) else list)(pack_hidden(child) for child in hidden)
-    pairs = nest.children(hidden)
-    if pairs is None:
+    if type(hidden) in _PLAIN:
         return hidden
-    values = {key: pack_hidden(child) for key, child in pairs}
-    if isinstance(hidden, Mapping):
-        return values
-    return {"__class__": [type(hidden).__module__, type(hidden).__qualname__], "fields": values}
+    if type(hidden) in (list, tuple):
+        return type(hidden)(pack_hidden(child) for child in hidden)
+    if type(hidden) is dict and "__class__" not in hidden:
+        return {key: pack_hidden(child) for key, child in hidden.items()}
+    pairs = nest.children(hidden)
+    name = [type(hidden).__module__, type(hidden).__qualname__]
+    if pairs is None or _find_class(*name) is not type(hidden):
+        raise ValueError(
+            f"the carried hidden state holds a {'.'.join(name)}, which would not come back from a checkpoint. It may "
+            "hold tensors, numbers, strings and None in dicts, lists, tuples, and named tuples, dataclasses or "
+            "subclasses of those that are defined at the top level of a module."
+        )
+    return {"__class__": name, "children": {key: pack_hidden(child) for key, child in pairs}}
 
 
 def unpack_hidden(packed: Any) -> Any:
@@ -175,9 +187,18 @@ def unpack_hidden(packed: Any) -> Any:
     if "__class__" not in packed:
         return {key: unpack_hidden(child) for key, child in packed.items()}
     kind = _find_class(*packed["__class__"])
-    values = {name: unpack_hidden(value) for name, value in packed["fields"].items()}
+    if kind is None:
+        raise ValueError(
+            f"the checkpoint carries a hidden state of the class {'.'.join(packed['__class__'])}, which is not there. "
+            "Define it at the top level of its module, and import that module before the checkpoint is loaded."
+        )
+    values = {key: unpack_hidden(value) for key, value in packed["children"].items()}
+    if issubclass(kind, Mapping):
+        return kind(values)  # type: ignore[call-arg]
     if hasattr(kind, "_fields"):
         return kind(**values)
+    if issubclass(kind, (list, tuple)):
+        return kind(values.values())
     # Fields are set as they were, past any __init__: the state is restored, not made anew.
     state = object.__new__(kind)
     for name, value in values.items():
@@ -185,14 +206,12 @@ def unpack_hidden(packed: Any) -> Any:
     return state
 
 
-def _find_class(module: str, name: str) -> Any:
-    # Only what the program has imported itself and what is a plain record is ever looked up: a checkpoint runs no code.
+def _find_class(module: str, name: str) -> type | None:
+    # Only what the program has imported itself and what is a plain container is ever looked up: a checkpoint runs no
+    # code of its own choice.
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    if not isinstance(found, type) or not (dataclasses.is_dataclass(found) or hasattr(found, "_fields")):
-        raise ValueError(
-            f"the checkpoint carries a hidden state of the class {module}.{name}, which is not there. Define it at the "
-            "top level of its module, and import that module before the checkpoint is loaded."
-        )
-    return found
+    if not isinstance(found, type):
+        return None
+    return found if dataclasses.is_dataclass(found) or issubclass(found, (Mapping, list, tuple)) else None

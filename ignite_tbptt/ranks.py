@@ -20,6 +20,11 @@ def count() -> int:
     return idist.get_world_size()
 
 
+def own() -> int:
+    """Return the number of this rank."""
+    return idist.get_rank()
+
+
 def gather(number: float) -> list[float]:
     """Return the number of every rank, in the order of ranks."""
     if count() == 1:

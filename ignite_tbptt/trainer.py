@@ -7,6 +7,7 @@ optimizer step, a splitter cuts the batch. None of them is known here by name.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchan
 from ignite_tbptt.hidden import detach_hidden, scale_gradient, warn_if_bidirectional
 from ignite_tbptt.optimization import Accumulation, OptimizerStep, as_accumulation, checked_loss, zero_through
 from ignite_tbptt.ranks import REFUSED
-from ignite_tbptt.resume import DeterministicTimeEngine, TimeEngine, carry_hidden
+from ignite_tbptt.resume import DeterministicTimeEngine, TimeEngine, carry_hidden, settled
 from ignite_tbptt.sequence import Cut, SplitBatch, split_sequence
 from ignite_tbptt.truncation import TruncationPolicy, Window, as_policy, check_tbtt_step, plan_windows
 
@@ -68,6 +69,13 @@ class TbpttTrainingStep:
 
     def attach(self, engine: Engine) -> None:
         """Give `engine`, whose process function this is, the events, the counters and the carried state."""
+        if self.carry.stateful and not isinstance(engine, TimeEngine):
+            warnings.warn(
+                f"checkpoints of a plain {type(engine).__name__} do not hold the carried hidden state: the run cannot "
+                "be resumed inside an epoch. create_supervised_tbptt_trainer makes an engine whose checkpoints do.",
+                UserWarning,
+                stacklevel=2,
+            )
         register_time_events(engine, *Tbptt_Events)
         engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
         carry_hidden(engine, self.carry.stateful)
@@ -76,21 +84,24 @@ class TbpttTrainingStep:
     def __call__(self, engine: Engine, batch: Any) -> float:
         """Train on one batch and return its mean loss over the time steps that count."""
         state: Any = engine.state
+        if not hasattr(state, "tbtt_step"):
+            raise RuntimeError("the engine has no time events: call attach(engine) on the training step before a run.")
         cut, windows = self._plan(state, batch)
         state.time_iterations_per_sequence = len(windows)
-        first = cut(0, windows[0][0].stop)
-        chunks = _Chunks(cut, self.carry.through(state, windows, first, detach_hidden))
-        for group in self.accumulation.groups(windows):
-            self._run_group(engine, group, chunks)
-            if stop_requested(engine):
-                break
-        else:
-            if not chunks.has_target:
-                raise ValueError(
-                    "no chunk of the batch had a target: prepare_batch returned y=None for all of them, so there is "
-                    "no loss to train on."
-                )
-        chunks.hidden.leave()
+        chunks = _Chunks(cut, self.carry.through(state, windows, cut, detach_hidden))
+        state.inside_batch = True
+        try:
+            for group in self.accumulation.groups(windows):
+                if self._run_group(engine, group, chunks):
+                    return chunks.mean_loss()
+        finally:
+            chunks.hidden.leave()
+        state.inside_batch = False
+        if not chunks.has_target:
+            raise ValueError(
+                "no chunk of the batch had a target: prepare_batch returned y=None for all of them, so there is no "
+                "loss to train on."
+            )
         return chunks.mean_loss()
 
     def _plan(self, state: Any, batch: Any) -> tuple[Cut, list[Window]]:
@@ -103,8 +114,12 @@ class TbpttTrainingStep:
         ranks.require_same(f"time iterations in iteration {state.iteration}", len(windows))
         return cut, windows
 
-    def _run_group(self, engine: Engine, group: Sequence[Window], chunks: _Chunks) -> None:
-        """Run windows that share an optimizer step, and take it."""
+    def _run_group(self, engine: Engine, group: Sequence[Window], chunks: _Chunks) -> bool:
+        """Run windows that share an optimizer step, and take it.
+
+        Returns:
+            Whether the batch was cut short: a handler asked to stop and there are windows left.
+        """
         state: Any = engine.state
         expected, share = self.accumulation.expected(group), 0.0
         for window in group:
@@ -113,36 +128,39 @@ class TbpttTrainingStep:
             chunks.hidden.enter(window)
             state.time_iteration += 1
             chunks.heard |= fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
-            if chunks.heard:
+            # A handler, or a callable of the user's, may have run an evaluator.
+            if chunks.heard or not getattr(self.forward.model, "training", False):
                 self.forward.model.train()
                 chunks.heard = False
             if window is group[0]:
                 self.step.zero()
-            x, y, y_pred, loss, steps = self._run_window(window, x, y, chunks)
+            x, y, y_pred, loss, objective, steps = self._run_window(window, x, y, chunks)
+            state.counted_steps = steps
             part = self.accumulation.share(steps)
             # Which steps count is known to each rank alone, yet all must take part in the same backward passes.
             joint = part if self.loss_weight is None else ranks.mean(part)
             if part:
-                self.step.backward(loss if part == expected else loss * (part / expected))
+                self.step.backward(objective if part == expected else objective * (part / expected))
             elif joint:
                 self.step.backward(zero_through(y_pred))
             share += joint
             state.output = self.output_transform(x, y, y_pred, loss)
             chunks.steps += steps
             chunks.total += steps * (state.output if self.output_transform is loss_item else _without_sync(loss))
-            del x, y, y_pred, loss  # the next chunk does not have to fit beside this one
+            del x, y, y_pred, loss, objective  # the next chunk does not have to fit beside this one
             if share and window is group[-1]:
                 chunks.heard |= self._take_step(engine, expected / share)
             chunks.heard |= fire(engine, Tbptt_Events.TIME_ITERATION_COMPLETED)
             if stop_requested(engine):
-                return
+                return chunks.hidden.windows_left()
+        return False
 
-    def _run_window(self, window: Window, x: Any, y: Any, chunks: _Chunks) -> tuple[Any, Any, Any, Any, float]:
+    def _run_window(self, window: Window, x: Any, y: Any, chunks: _Chunks) -> tuple[Any, Any, Any, Any, Any, float]:
         """Run the segments of a window in one graph.
 
         Returns:
-            (x, y, y_pred) of the last segment, the loss (a zero without a graph where no step counts), and how many
-            time steps count.
+            (x, y, y_pred) of the last segment; the mean loss over the steps that count (a zero without a graph where
+            none does); the objective, in which segments have their weights; and how many steps count.
         """
         hidden = chunks.hidden.start(x)
         losses: list[Any] = []
@@ -165,8 +183,12 @@ class TbpttTrainingStep:
             counts.append(count)
             chunks.hidden.reach(stop, hidden)
         if len(window) == 1 and loss_weight == 1.0 and count:
-            return x, y, y_pred, loss, count
-        return x, y, y_pred, self._window_loss(window, losses, counts), sum(counts)
+            return x, y, y_pred, loss, loss, count
+        steps = sum(counts)
+        if not steps:
+            return x, y, y_pred, torch.zeros(()), None, 0
+        mean = _weighted_sum([count / steps for count in counts], losses)
+        return x, y, y_pred, mean, _weighted_sum(self.accumulation.coefficients(window, counts), losses), steps
 
     def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
         y_pred, hidden = self.forward.predict(x, hidden)
@@ -181,17 +203,6 @@ class TbpttTrainingStep:
             )
         return count
 
-    def _window_loss(self, window: Window, losses: Sequence[Any], counts: Sequence[float]) -> Any:
-        """Return one loss for the segments of a window; that of a single segment of weight 1 is its own."""
-        if not any(counts):
-            return torch.zeros(())
-        terms = [
-            factor * loss
-            for factor, loss in zip(self.accumulation.coefficients(window, counts), losses, strict=True)
-            if loss is not None
-        ]
-        return terms[0] if len(terms) == 1 else sum(terms)
-
     def _take_step(self, engine: Engine, factor: float) -> bool:
         """Step on the gradients, unless a handler that looks at them asks to terminate.
 
@@ -199,11 +210,32 @@ class TbpttTrainingStep:
             Whether a handler ran.
         """
         heard = has_listeners(engine, Tbptt_Events.BACKWARD_COMPLETED)
-        look = (lambda: not fire_and_ask(engine, Tbptt_Events.BACKWARD_COMPLETED)) if heard else None
+        look = (lambda: not _stop_before_step(engine)) if heard or ranks.count() > 1 else None
         if self.step.take(factor, look):
             engine.state.optimizer_step += 1  # type: ignore[attr-defined]
             heard |= fire(engine, Tbptt_Events.OPTIMIZER_STEP_COMPLETED)
         return heard
+
+
+def _stop_before_step(engine: Engine) -> bool:
+    """Fire BACKWARD_COMPLETED and return whether the step is to be withheld, on this rank and so on all."""
+    asked = fire_and_ask(engine, Tbptt_Events.BACKWARD_COMPLETED)
+    if ranks.count() == 1:
+        return asked
+    # A rank that saw a NaN in its own loss has poisoned the gradients of all by now.
+    stop_all, stop_epoch = (any(ranks.gather(bool(flag))) for flag in (engine.should_terminate, asked))
+    if stop_epoch and not asked:
+        engine.terminate() if stop_all else engine.terminate_epoch()
+    return stop_epoch
+
+
+def _weighted_sum(factors: Sequence[float], losses: Sequence[Any]) -> Any:
+    terms = [
+        loss if factor == 1.0 else factor * loss
+        for factor, loss in zip(factors, losses, strict=True)
+        if loss is not None
+    ]
+    return terms[0] if len(terms) == 1 else sum(terms)
 
 
 def _without_sync(loss: Any) -> Any:
@@ -247,6 +279,8 @@ def supervised_tbptt_training_step(
     check_tbtt_step(tbtt_step)
     if scaler is not None and amp_mode is None:
         raise ValueError("scaler is given, but amp_mode is None: gradients are scaled for amp_mode='amp' alone.")
+    if isinstance(scaler, bool):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler}: only the trainer makes one.")
     forward = ChunkForward(
         model=model,
         device=device,
@@ -256,7 +290,7 @@ def supervised_tbptt_training_step(
         model_transform=model_transform,
         amp_mode=amp_mode,
     )
-    warn_if_underflow(amp_mode, scaler, device)
+    warn_if_underflow(amp_mode, scaler, device, model)
     warn_if_bidirectional(model)
     return TbpttTrainingStep(
         forward=forward,
@@ -393,7 +427,7 @@ def create_supervised_tbptt_trainer(
         loss_weight=loss_weight,
     )
     settings = {
-        "tbtt_step": tbtt_step if isinstance(tbtt_step, int) else repr(tbtt_step),
+        "tbtt_step": settled(tbtt_step),
         "dim": dim,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "stateful": stateful,

@@ -23,7 +23,9 @@ class Segment(NamedTuple):
         start: first time step.
         stop: time step behind the last.
         carry_scale: factor on the gradient that crosses into this segment from the next earlier one of its window.
-        loss_weight: factor on the segment's loss within its window; 0 for steps that only bring the state forward.
+        loss_weight: factor on the segment's mean loss in what its window is trained on, the sum over its segments; 0
+            for steps that only bring the state forward. Weights are not normalised: a window of several segments is
+            trained on the mean over its steps if each weighs its share of them.
     """
 
     start: int
@@ -173,9 +175,13 @@ def loss_coefficients(window: Window, counts: Sequence[float]) -> list[float]:
 
 
 def _check_cover(policy: TruncationPolicy, windows: Iterable[Window], length: int) -> None:
-    reached = 0
+    reached, states = 0, {0}
     for window in windows:
+        if not window:
+            raise ValueError(f"{policy!r} laid out a window without segments.")
+        has_state = window[0].start in states
         for start, stop, _, loss_weight in window:
+            states.add(stop)
             if not 0 <= start < stop <= length:
                 raise ValueError(f"{policy!r} laid out the segment [{start}, {stop}) in a sequence of {length} steps.")
             if loss_weight:
@@ -185,5 +191,10 @@ def _check_cover(policy: TruncationPolicy, windows: Iterable[Window], length: in
                         f"comes the segment [{start}, {stop})."
                     )
                 reached = stop
+        if not has_state:
+            raise ValueError(
+                f"{policy!r} laid out a window that starts at step {window[0].start}, where no earlier segment ended: "
+                "there is no hidden state to start from."
+            )
     if reached != length:
         raise ValueError(f"{policy!r} covered {reached} of {length} time steps with a loss: the rest would be dropped.")

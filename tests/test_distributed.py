@@ -82,3 +82,12 @@ def test_ranks_that_disagree_raise_everywhere(case: str, message: str, tmp_path:
     assert message in raised[1]
     assert message in raised[0] or (case == "refused" and "empty sequence" in raised[0])
     assert time.monotonic() - start < 60  # no more than a start; a hang would last until gloo's half hour is over
+
+
+def test_a_nan_on_one_rank_is_stepped_on_by_none(tmp_path: Path) -> None:
+    result = launch("nan", tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"nan_{rank}.pt", weights_only=True) for rank in range(2))
+    for name, value in first.items():
+        assert value.isfinite().all()
+        assert torch.equal(value, second[name])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,14 @@ from ignite.metrics import Accuracy, Loss, MeanAbsoluteError, MeanSquaredError
 from torch import nn
 from torch.nn import functional as F
 
-from ignite_tbptt import ContiguousStreams, FixedTruncation, Tbptt_Events, create_supervised_tbptt_evaluator
+from ignite_tbptt import (
+    ContiguousStreams,
+    FixedTruncation,
+    Tbptt_Events,
+    create_supervised_tbptt_evaluator,
+    split_sequence,
+    time_steps_as_samples,
+)
 from tests.helpers import Forecaster, batches, seeded, weights
 
 EPS = torch.finfo(torch.float32).eps
@@ -56,20 +64,52 @@ def test_class_targets_with_rows_first() -> None:
     assert state.metrics["loss"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=36 * EPS)
 
 
-def test_a_loss_that_weighs_a_shorter_chunk_like_a_whole_one_is_warned_about() -> None:
+def test_metrics_that_would_count_rows_again_are_warned_about() -> None:
     class RowsFirst(Forecaster):
         def __init__(self) -> None:
             super().__init__()
             self.rnn = nn.GRU(3, 5, batch_first=True)
 
-    def run(steps: int, **kwargs: Any) -> None:
-        data = [(torch.randn(4, 9, 3), torch.randn(4, 9, 2))]
-        create_supervised_tbptt_evaluator(RowsFirst(), {"l": Loss(F.mse_loss, **kwargs)}, steps, dim=1).run(data)
+    data = [(torch.randn(4, 9, 3), torch.randn(4, 9, 2))]
+    model = seeded(RowsFirst)
 
-    with pytest.warns(UserWarning, match="the metrics l weigh each chunk by its rows.*batch_size=torch.numel"):
-        run(4)
-    run(3)
-    run(4, batch_size=torch.numel)
+    def run(steps: int, metric: Any = None, **kwargs: Any) -> float:
+        metrics = {"l": metric or Loss(F.mse_loss)}
+        state = create_supervised_tbptt_evaluator(model, metrics, steps, dim=1, **kwargs).run(data)
+        return float(state.metrics["l"])
+
+    for metric in (Loss(F.mse_loss), MeanAbsoluteError(), MeanSquaredError()):
+        with pytest.warns(UserWarning, match="the metrics l divide by the rows.*time_steps_as_samples"):
+            run(4, metric)
+    run(9)
+    x, y = data[0]
+    error = model(x)[0].detach() - y
+    assert run(4, Loss(F.mse_loss, batch_size=torch.numel)) == pytest.approx(error.square().mean().item(), rel=72 * EPS)
+    for steps in (1, 4, 9):
+        whole = error.abs().sum().item() / 36
+        assert run(steps, MeanAbsoluteError(), output_transform=time_steps_as_samples) == pytest.approx(
+            whole, rel=72 * EPS
+        )
+
+
+def test_time_steps_are_samples_only_where_the_axes_agree() -> None:
+    with pytest.raises(ValueError, match=r"y_pred of shape \(4, 2, 9\) and y of shape \(4, 9\) must begin"):
+        time_steps_as_samples(None, torch.zeros(4, 9), torch.zeros(4, 2, 9))
+
+
+def test_many_to_one_is_measured_on_the_chunk_that_has_the_target() -> None:
+    class Classifier(Forecaster):
+        def forward(self, x: torch.Tensor, hidden: Any = None) -> Any:
+            y, hidden = super().forward(x, hidden)
+            return y[-1], hidden
+
+    model = seeded(Classifier)
+    x, y = batches(1)[0]
+    evaluator = create_supervised_tbptt_evaluator(
+        model, {"loss": Loss(F.mse_loss)}, 4, split_batch=partial(split_sequence, final=[1])
+    )
+    expected = F.mse_loss(model(x)[0], y[-1]).item()
+    assert evaluator.run([(x, y[-1])]).metrics["loss"] == pytest.approx(expected, rel=8 * EPS)
 
 
 def test_the_state_goes_across_batches_where_it_is_asked_to() -> None:

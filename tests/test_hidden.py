@@ -98,6 +98,16 @@ def test_scale_gradient_is_the_identity_with_a_scaled_gradient(scale: float) -> 
         assert not out["h"].requires_grad
 
 
+class AttrDict(dict[str, Any]):
+    @property
+    def h(self) -> Any:
+        return self["h"]
+
+
+class Stack(list[Any]):
+    pass
+
+
 class Nested(NamedTuple):
     pair: PairState
     parts: list[Any]
@@ -113,6 +123,8 @@ class Refuses:
 
 
 PACKABLE = [
+    AttrDict(h=torch.ones(2)),
+    Stack([torch.ones(2), None]),
     *HIDDEN,
     None,
     Nested(PairState(torch.ones(2), torch.zeros(1)), [torch.ones(1)]),
@@ -140,9 +152,19 @@ def test_a_view_is_packed_without_the_storage_behind_it() -> None:
 
 
 @pytest.mark.parametrize("name", [["no_such_module", "State"], ["os", "PathLike"], ["tests.helpers", "Forecaster"]])
-def test_a_class_that_is_not_there_or_no_record_is_refused(name: list[str]) -> None:
+def test_a_class_that_is_not_there_or_no_container_is_refused(name: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{name[1]}, which is not there.*top level"):
-        unpack_hidden({"__class__": name, "fields": {}})
+        unpack_hidden({"__class__": name, "children": {}})
+
+
+def test_what_would_not_come_back_is_refused_when_it_is_packed() -> None:
+    @dataclass
+    class Local:
+        h: Tensor
+
+    for hidden, got in ((Local(torch.ones(1)), "Local"), ((torch.ones(1), torch.float32), "torch.dtype")):
+        with pytest.raises(ValueError, match=f"{got}, which would not come back from a checkpoint"):
+            pack_hidden(hidden)
 
 
 def test_bidirectional_layers_are_warned_about_and_others_not() -> None:

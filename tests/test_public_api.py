@@ -31,6 +31,7 @@ TIME = [
     "reset_hidden",
     "split_sequence",
     "supervised_tbptt_training_step",
+    "time_steps_as_samples",
 ]
 
 

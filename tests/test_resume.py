@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
@@ -143,7 +144,7 @@ def test_data_that_cannot_skip_are_warned_about_in_the_middle_of_an_epoch() -> N
         run.trainer.load_state_dict({"iteration": iteration, "epoch_length": 3, "max_epochs": 2})
         return run.trainer
 
-    with pytest.warns(UserWarning, match=r"goes on at iteration 1, inside an epoch, but its data \(list\) begin anew"):
+    with pytest.warns(UserWarning, match=r"goes on at iteration 1, after batch 1 of its data, but the data \(list\)"):
         trainer_at(1).run(batches())
     trainer_at(3).run(batches())
     trainer_at(1).run(iter(batches()[1:] + batches()))
@@ -167,3 +168,123 @@ def test_a_time_event_of_the_resumed_run_counts_on() -> None:
     )
     resumed.resume(saved)
     assert seen == [12, 16, 20, 24]  # 9 windows an epoch; 8 of them were behind the checkpoint
+
+
+@pytest.mark.parametrize("epoch_length", [3, 8])  # of 5 batches of data
+@pytest.mark.parametrize("iteration", [3, 4, 6, 7, 9])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_epochs_that_are_no_pass_over_the_data_are_resumed_alike(
+    epoch_length: int, iteration: int, deterministic: bool
+) -> None:
+    whole, resumed = Run(deterministic=deterministic), Run(deterministic=deterministic)
+    saved: dict[str, Any] = {}
+
+    @whole.trainer.on(Events.ITERATION_COMPLETED(once=iteration))
+    def save() -> None:
+        parts = {"trainer": whole.trainer, "model": whole.model, "optimizer": whole.optimizer}
+        saved.update(through_a_file({name: part.state_dict() for name, part in parts.items()}))
+
+    whole.trainer.run(whole.streams, max_epochs=4, epoch_length=epoch_length)
+    resumed.resume(saved)
+    assert same(weights(whole.model), weights(resumed.model))
+
+
+def test_the_state_does_not_go_on_where_the_data_begin_anew_inside_an_epoch() -> None:
+    run = Run()
+    fresh: list[int] = []
+    run.trainer.add_event_handler(
+        Events.ITERATION_STARTED, lambda e: fresh.append(e.state.iteration) if e.state.hidden is None else None
+    )
+    run.trainer.run(run.streams, max_epochs=2, epoch_length=8)
+    assert fresh == [1, 6, 9, 11, 16]  # passes of 5 batches and epochs of 8
+
+
+def test_a_state_set_when_the_epoch_starts_is_kept() -> None:
+    run = Run(stateful=True)
+    given = (torch.ones(1, 5, 5), torch.ones(1, 5, 5))
+
+    @run.trainer.on(Events.EPOCH_STARTED)
+    def give(engine: Any) -> None:
+        engine.state.hidden = given
+
+    seen: list[bool] = []
+    run.trainer.add_event_handler(
+        Events.ITERATION_STARTED(every=5, after=0), lambda e: seen.append(e.state.hidden is given)
+    )
+    run.trainer.run(run.streams, max_epochs=3)
+    assert seen == [True] * 3
+
+
+@pytest.mark.parametrize("how", ["terminate", "raise", "interrupt"])
+def test_a_checkpoint_loads_into_a_trainer_that_was_stopped(how: str) -> None:
+    whole, stopped = Run(), Run()
+    saved = whole.checkpoint_at(7)
+
+    @stopped.trainer.on(Events.ITERATION_COMPLETED(once=9))
+    def stop(engine: Any) -> None:
+        if how == "raise":
+            raise RuntimeError("stop")
+        getattr(engine, how)()
+
+    if how == "raise":
+        with pytest.raises(RuntimeError, match="stop"):
+            stopped.trainer.run(stopped.streams, max_epochs=3)
+    else:
+        stopped.trainer.run(stopped.streams, max_epochs=3)
+    stopped.trainer.remove_event_handler(stop, Events.ITERATION_COMPLETED)
+    stopped.resume(saved)
+    assert stopped.trainer.state.iteration == 15
+    assert same(weights(whole.model), weights(stopped.model))
+
+
+def test_a_checkpoint_from_inside_a_batch_is_warned_about() -> None:
+    run = Run()
+    saved: dict[str, Any] = {}
+    run.trainer.add_event_handler(
+        Tbptt_Events.TIME_ITERATION_COMPLETED(once=3), lambda: saved.update(run.trainer.state_dict())
+    )
+    run.trainer.run(run.streams)
+    with pytest.warns(UserWarning, match="saved inside a batch.*ITERATION_COMPLETED"):
+        Run().trainer.load_state_dict(saved)
+
+
+def test_a_checkpoint_of_an_epoch_that_was_cut_short_is_warned_about() -> None:
+    run = Run()
+    saved: dict[str, Any] = {}
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), run.trainer.terminate_epoch)
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), lambda: saved.update(run.trainer.state_dict()))
+    run.trainer.run(run.streams, max_epochs=2)
+    with pytest.warns(UserWarning, match="it was at batch 4 of its epoch, and Ignite counts 1"):
+        Run().trainer.load_state_dict(saved)
+
+
+def test_the_state_of_another_ranks_rows_is_refused() -> None:
+    saved = Run().checkpoint_at(2)["trainer"]
+    saved["tbptt"]["rank"] = 1
+    with pytest.raises(ValueError, match=r"rows of rank 1, and this is rank 0.*save_on_rank=rank"):
+        Run().trainer.load_state_dict(saved)
+
+
+class PlainPolicy:
+    """A policy whose repr tells its address."""
+
+    def windows(self, length: int, generator: torch.Generator) -> Any:
+        return FixedTruncation(4).windows(length, generator)
+
+
+def test_a_policy_without_a_repr_of_its_own_is_known_by_its_class() -> None:
+    whole, resumed = Run(tbtt_step=PlainPolicy()), Run(tbtt_step=PlainPolicy())
+    saved = whole.checkpoint_at(4)
+    resumed.resume(saved)
+    assert same(weights(whole.model), weights(resumed.model))
+
+
+def test_what_was_set_as_tbtt_step_in_the_run_is_restored_or_asked_for() -> None:
+    first, second = Run(), Run()
+    for value, plain in ((np.int64(3), 3), (np.float64(2.6), 2.6)):
+        first.trainer.state.tbtt_step = value
+        second.trainer.load_state_dict(through_a_file(first.trainer.state_dict()))
+        assert second.trainer.state.tbtt_step == plain
+    first.trainer.state.tbtt_step = FixedTruncation(7)
+    with pytest.warns(UserWarning, match=r"tbtt_step was FixedTruncation\(steps=7\), here it is 2.6"):
+        second.trainer.load_state_dict(first.trainer.state_dict())

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.metrics import Average
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ignite_tbptt import (
+    EpochTimeWise,
     FixedTruncation,
+    RunningTimeWise,
+    SequenceWise,
     Tbptt_Events,
     create_supervised_tbptt_trainer,
     reset_hidden,
@@ -481,3 +485,80 @@ def test_gradients_stay_readable_until_the_next_window() -> None:
         trainer.add_event_handler(event, lambda: seen.append(all(p.grad is not None for p in model.parameters())))
     trainer.run(batches(1))
     assert seen == [True] * 4
+
+
+def test_a_callable_of_the_users_may_change_the_mode() -> None:
+    modes: list[bool] = []
+
+    class Watched(Forecaster):
+        def forward(self, x: Tensor, hidden: Any = None) -> tuple[Tensor, Any]:
+            modes.append(self.training)
+            return super().forward(x, hidden)
+
+    model = seeded(Watched)
+
+    def prepare_batch(batch: Any, device: Any, non_blocking: bool) -> Any:
+        model.eval()
+        return batch
+
+    create_supervised_tbptt_trainer(model, sgd(model), F.mse_loss, 4, prepare_batch=prepare_batch).run(batches(1))
+    assert modes == [True] * 3
+
+
+@pytest.mark.parametrize("policy", [FixedTruncation(4), WholeInSegments(4), RerunPrefix(2)])
+def test_the_reported_loss_is_the_mean_over_the_steps_whatever_their_weights(policy: Any) -> None:
+    model = seeded(Forecaster)
+    constant = lambda y_pred, y: y_pred.mean() * 0 + 1.5  # noqa: E731
+    trainer = create_supervised_tbptt_trainer(model, sgd(model), constant, policy)
+    outputs: list[float] = []
+    trainer.add_event_handler(Tbptt_Events.TIME_ITERATION_COMPLETED, lambda: outputs.append(trainer.state.output))
+    assert trainer.run(batches(2)).output == pytest.approx(1.5, rel=8 * EPS)
+    assert outputs == pytest.approx([1.5] * len(outputs), rel=8 * EPS)
+
+
+def test_metrics_pass_over_windows_without_a_target() -> None:
+    class Classifier(Forecaster):
+        def forward(self, x: Tensor, hidden: Any = None) -> tuple[Tensor, Any]:
+            y, hidden = super().forward(x, hidden)
+            return y[-1], hidden
+
+    model = seeded(Classifier)
+    trainer = create_supervised_tbptt_trainer(
+        model, sgd(model), F.mse_loss, 4, split_batch=partial(split_sequence, final=[1])
+    )
+    for name, usage in (("epoch", EpochTimeWise()), ("sequence", SequenceWise()), ("running", RunningTimeWise())):
+        Average().attach(trainer, name, usage=usage)
+    x, y = batches(1)[0]
+    state = trainer.run([(x, y[-1])])
+    output: Any = state.output
+    assert set(state.metrics.values()) == {output}
+    assert output > 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_graph_outlives_the_batch(fails: bool) -> None:
+    def loss_fn(y_pred: Tensor, y: Tensor) -> Tensor:
+        if fails:
+            raise RuntimeError("out of memory")
+        return F.mse_loss(y_pred, y)
+
+    model = seeded(Forecaster)
+    trainer = create_supervised_tbptt_trainer(model, sgd(model), loss_fn, 4)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            trainer.run(batches(1))
+    else:
+        trainer.run(batches(1))
+        assert not trainer.state.hidden.requires_grad
+
+
+def test_the_step_needs_its_events_and_a_scaler_that_is_one() -> None:
+    model = seeded(Forecaster)
+    step = supervised_tbptt_training_step(model, sgd(model), F.mse_loss, 4)
+    with pytest.raises(RuntimeError, match=r"call attach\(engine\) on the training step"):
+        Engine(step).run(batches(1))
+    with pytest.raises(TypeError, match=r"scaler must be a torch.amp.GradScaler or None, got True"):
+        supervised_tbptt_training_step(model, sgd(model), F.mse_loss, 4, amp_mode="amp", scaler=True)
+    stateful = supervised_tbptt_training_step(model, sgd(model), F.mse_loss, 4, stateful=True)
+    with pytest.warns(UserWarning, match="checkpoints of a plain Engine do not hold the carried hidden state"):
+        stateful.attach(Engine(stateful))

@@ -8,9 +8,10 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+from ignite.handlers import TerminateOnNan
 from torch.nn import functional as F
 
-from ignite_tbptt import ContiguousStreams, create_supervised_tbptt_trainer
+from ignite_tbptt import ContiguousStreams, Tbptt_Events, create_supervised_tbptt_trainer
 from tests.helpers import Forecaster, batches, seeded, sgd
 
 
@@ -54,12 +55,16 @@ def main(rank: int, case: str, folder: str) -> None:
         data = [tuple(part[:0] for part in batch) for batch in data]
     if case == "batches" and rank == 1:
         data = data[:2]
+    if case == "nan" and rank == 0:
+        data[1][1][5] = float("nan")
     trainer = create_supervised_tbptt_trainer(parallel, sgd(model), **arguments)
+    trainer.add_event_handler(Tbptt_Events.BACKWARD_COMPLETED, TerminateOnNan())
     try:
         trainer.run(data, max_epochs=2)
     except ValueError as error:
         (Path(folder) / f"{case}_{rank}.txt").write_text(str(error))
     else:
+        assert trainer.state.time_iteration == trainer.state.optimizer_step or case in ("nan", "padding")
         torch.save(model.state_dict(), Path(folder) / f"{case}_{rank}.pt")
     idist.barrier()
 
