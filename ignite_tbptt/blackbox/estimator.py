@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.directions import Block, Coordinates, Directions, Gaussian, Moves, Rademacher
+from ignite_tbptt.blackbox.directions import Block, Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize
 
@@ -176,12 +176,8 @@ def _slopes(
     weights = [by_offset.get(offset, 0.0) for offset in moves.stencil.evaluated]
     total: Tensor | None = None
     for k, (value, cotangent) in enumerate(zip(values, cotangents, strict=True)):
-        # The weights sum to 0, those of the table only up to rounding: what did not move has to cancel before.
-        changes = value - _wide(first[k])
-        difference = changes[:, 0] * weights[0]
-        for j, weight in enumerate(weights[1:], 1):
-            difference = difference + changes[:, j] * weight
-        share = _by_row(difference * _wide(cotangent), 0 if out_dims is None else out_dims[k])
+        difference = weighted(value, _wide(first[k]), weights)
+        share = _by_row(difference.mul_(_wide(cotangent)), 0 if out_dims is None else out_dims[k])
         if out_dims is None:
             share = share.sum(1, keepdim=True)
         total = share if total is None else total + share
@@ -195,8 +191,8 @@ def _by_row(values: Tensor, dim: int) -> Tensor:
     Where rows are shared this comes before the sum over them all: so that moving one row alone and moving all rows at
     once add the same numbers in the same order.
     """
-    if values.dim() == 1:
-        return values.unsqueeze(1)
+    if values.dim() <= 2:
+        return values.view(len(values), -1)
     moved = values.movedim(dim + 1, 1)
     return moved.reshape(moved.shape[0], moved.shape[1], -1).sum(-1)
 

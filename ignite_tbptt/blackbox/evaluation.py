@@ -77,43 +77,55 @@ class Call:
         self.count = count
         self.in_dims = in_dims
         self.out_dims = out_dims
-        self.first: Outputs | None = None
+        self._first: Outputs | None = None
+        self._shape: torch.Size | None = None
+        self._dtype: torch.dtype | None = None
         self.replay: RandomStreams | None = None
 
-    def __call__(self, tensors: Sequence[Tensor], where: str | Callable[[], str], copies: int = 1) -> Outputs:
-        """Evaluate at tensors that the blackbox may keep.
+    def __call__(self, tensors: Sequence[Tensor], where: str | Callable[[], str], copies: int = 1) -> list[Tensor]:
+        """Evaluate at tensors that the blackbox may keep; returns the numbers among the outputs.
 
         Raises:
             BlackboxError: the blackbox raised, or returned another structure, shape or dtype than before.
         """
         if self.replay is not None:
             self.replay.restore()
-        self.count.nfev += 1
+        count = self.count
+        count.nfev += 1
         start = time.perf_counter()
         try:
             value = self.fn(*tensors)
         except Exception as error:
             raise BlackboxError(
                 f"{self.label} raised {type(error).__name__}: {error}\n"
-                f"in evaluation {self.count.nfev}, {_text(where)}; it must bear such a move, so choose a smaller step, "
+                f"in evaluation {count.nfev}, {_text(where)}; it must bear such a move, so choose a smaller step, "
                 "or BoundedStep to keep x inside its domain"
             ) from error
         finally:
-            self.count.seconds += time.perf_counter() - start
+            count.seconds += time.perf_counter() - start
+        usual = copies == 1 and isinstance(value, Tensor)
+        if usual and value.shape == self._shape and value.dtype == self._dtype:
+            return [value.detach().clone()]
         outputs = Outputs.of(value, self.label)
-        if self.first is None:
+        remedy = "return the same structure for every input"
+        if copies > 1:
+            remedy = f"it got {copies} batches in one; if it needs the size it was written for, use SerialEvaluation()"
+        if self._first is None:
             self.first = outputs
-            return outputs
-        if not _looks_alike(self.first, outputs, copies):
-            remedy = "return the same structure for every input"
-            if copies > 1:
-                remedy = (
-                    f"it got {copies} batches in one; if it needs the size it was written for, use SerialEvaluation()"
-                )
-            check_same_kind(
-                self.first, outputs, self.label, remedy, _text(where), copies=copies, out_dims=self.out_dims
-            )
-        return outputs
+        else:
+            check_same_kind(self._first, outputs, self.label, remedy, where, copies, self.out_dims)
+        return outputs.tensors
+
+    @property
+    def first(self) -> Outputs | None:
+        """What came out at x; every later output has to be of its kind."""
+        return self._first
+
+    @first.setter
+    def first(self, outputs: Outputs) -> None:
+        self._first = outputs
+        if outputs.is_tensor:
+            self._shape, self._dtype = outputs.tensors[0].shape, outputs.tensors[0].dtype
 
 
 class Evaluator(Protocol):
@@ -202,14 +214,14 @@ class StackedEvaluation:
                 for tensor, dim in zip(portion.tensors, call.in_dims, strict=True)
             ]
             where = f"{count} points stacked, the first {portion.describe(0)}"
-            outputs = call(stacked, where, copies=count).tensors
+            outputs = call(stacked, where, copies=count)
             yield [_unstacked(tensor, dim, count) for tensor, dim in zip(outputs, call.out_dims, strict=True)]
 
 
 def _one_by_one(call: Call, portion: Points) -> list[Tensor]:
     points = zip(*(tensor.unbind(0) for tensor in portion.tensors), strict=True)
     outputs = [
-        call(point, lambda index=index: portion.describe(index)).tensors  # type: ignore[misc]
+        call(point, lambda index=index: portion.describe(index))  # type: ignore[misc]
         for index, point in enumerate(points)
     ]
     return [torch.stack(same) for same in zip(*outputs, strict=True)]
@@ -226,14 +238,6 @@ def _unstacked(tensor: Tensor, dim: int, count: int) -> Tensor:
     """(..., count * B, ...) -> (count, ..., B, ...)."""
     apart: Tensor = tensor.unflatten(dim, (count, tensor.shape[dim] // count))
     return apart.movedim(dim, 0)
-
-
-def _looks_alike(first: Outputs, later: Outputs, copies: int) -> bool:
-    """The quick check for the usual case, a single tensor out of an unstacked call."""
-    if copies > 1 or len(first.tensors) != 1 or len(later.tensors) != 1 or first.spec is not later.spec:
-        return False
-    was, now = first.tensors[0], later.tensors[0]
-    return was.shape == now.shape and was.dtype == now.dtype
 
 
 def _text(where: str | Callable[[], str]) -> str:
