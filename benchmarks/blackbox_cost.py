@@ -138,7 +138,7 @@ def installed(name: str, make: Callable[[Any], Thunk]) -> Thunk | str:
 
 def overhead(title: str, fn: Callable[..., Tensor], pairs: int) -> None:
     """Table: evaluations, time and time over bare evaluations, for each way."""
-    x, w = torch.linspace(-1, 1, 10).requires_grad_(), torch.tensor([1.2, -3.4], requires_grad=True)
+    x, w = torch.linspace(-1, 1.5, 10).requires_grad_(), torch.tensor([1.2, -3.4], requires_grad=True)
     inputs = x.detach(), w.detach()
     bare = statistics.median(seconds(lambda: fn(*inputs)) for _ in range(200))
     print(f"\n{title}: 10 + 2 inputs, {bare * 1e6:.0f} us a call")

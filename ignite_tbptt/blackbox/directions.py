@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.stencil import Stencil
-from ignite_tbptt.blackbox.step_size import Steps, StepSize
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, Steps, StepSize
 
 __all__ = [
     "Block",
@@ -104,6 +104,8 @@ class Block:
 
     def steps(self, step_size: StepSize, stencil: Stencil, eps: float) -> Steps:
         """The step of every element, (rows, width); bounds and the like see the tensors in their own shape."""
+        if isinstance(step_size, (AbsoluteStep, RelativeStep)):  # the usual ones look at each element alone
+            return step_size.each(self.x, stencil, eps)
         parts = zip(self.apart(self.x), self.positions, strict=True)
         each = [step_size.each(part, stencil, eps, position) for part, position in parts]
         sizes = self._together([steps.sizes for steps in each])

@@ -10,6 +10,7 @@ is never called here. Any stencil pairs with any directions and any step size; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ __all__ = [
     "Estimator",
     "ForwardDifference",
     "GaussianSmoothing",
+    "all_finite",
     "contract",
 ]
 
@@ -146,9 +148,9 @@ def contract(
     """
     stencil = moves.stencil
     shape = (moves.count, len(stencil.evaluated))
-    values = [_wide(output).unflatten(0, shape) for output in outputs]
+    values = [_wide(output).view(*shape, *output.shape[1:]) for output in outputs]
     slopes = _slopes(moves, stencil, values, cotangents, first, out_dims)
-    if bool(torch.isfinite(slopes).all()):
+    if all_finite(slopes):
         return slopes
     finite = _finite(moves, values, out_dims)
     cleaned = [torch.where(torch.isfinite(value), value, 0.0) for value in values]
@@ -209,6 +211,11 @@ def _finite(moves: Moves, values: Sequence[Tensor], out_dims: Sequence[int] | No
         finite = good if finite is None else finite & good
     assert finite is not None
     return finite
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are; their sum is, unless it overflows, and is looked at first because it costs less."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _wide(tensor: Tensor) -> Tensor:
