@@ -186,7 +186,8 @@ class CoordinateMoves(Moves):
     @functools.cached_property
     def _moved(self) -> Tensor:
         """(count, evaluated offsets, rows)."""
-        return torch.stack([self._start + offset * self.steps for offset in self.stencil.evaluated], 1)
+        moved = [torch.add(self._start, self.steps, alpha=offset) for offset in self.stencil.evaluated]
+        return torch.stack(moved, 1)
 
     def points(self) -> Tensor:
         """See `Moves.points`."""
@@ -292,6 +293,9 @@ class Coordinates:
                 # rows with room on both sides have it for the shorter reach of the two-sided formula
                 steps = torch.where(one_sided, sizes, sizes * (stencil.reach / formula.reach))
             portion = max(1, points // len(formula.evaluated))
+            if portion >= block.x.shape[1] == len(columns):
+                yield CoordinateMoves(block, formula, columns, steps.T)
+                continue
             for some in columns.split(portion) if len(columns) else ():
                 yield CoordinateMoves(block, formula, some, steps.T[some])
 

@@ -172,30 +172,35 @@ class SerialEvaluation:
             yield _one_by_one(call, portion)
 
 
+# Of fewer points in one call little is gained, and what a function keeps between its own steps leaves the cache.
+_WORTH_STACKING = 4
+
+
 @dataclass(frozen=True)
 class StackedEvaluation:
     """Several points in one call, along the batch axis: for functions of independent rows, declared with in_dims.
 
-    Points that move an argument shared by all rows are evaluated one after the other, and so is a blackbox that draws
-    random numbers, because stacked rows could not share them.
+    Evaluated one after the other are points that move an argument shared by all rows, points so large that fewer than 4
+    make a stack, and a blackbox that draws random numbers, because stacked rows could not share them.
 
     Args:
-        portion_bytes: a stack is no larger than this in inputs or in outputs. Past the size of the cache stacking loses
-            what it gains: 1 MiB was best on every machine it was measured on.
+        stack_bytes: a stack is no larger than this in inputs or in outputs. Past the size of the cache stacking loses
+            more than it gains.
 
     Raises:
         ValueError: a size below 1; when used, that no in_dims were declared.
     """
 
-    portion_bytes: int = 2**20
+    stack_bytes: int = 2**19
     stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_bytes("portion_bytes", self.portion_bytes)
+        _check_bytes("stack_bytes", self.stack_bytes)
 
     def portion(self, point_bytes: int) -> int:
         """See `Evaluator.portion`."""
-        return max(1, self.portion_bytes // max(1, point_bytes))
+        fitting = self.stack_bytes // max(1, point_bytes)
+        return fitting if fitting >= _WORTH_STACKING else SerialEvaluation().portion(point_bytes)
 
     def evaluate(self, call: Call, portions: Iterable[Points]) -> Iterator[list[Tensor]]:
         """See `Evaluator.evaluate`."""
@@ -206,15 +211,19 @@ class StackedEvaluation:
             )
         for portion in portions:
             count = len(portion.tensors[0])
-            if count == 1 or not portion.rows_move or call.replay is not None:
+            size = max(_bytes(portion.tensors), count * _bytes(call.first.tensors if call.first else ()))
+            if count == 1 or size > self.stack_bytes or not portion.rows_move or call.replay is not None:
                 yield _one_by_one(call, portion)
                 continue
             stacked = [
                 tensor[0] if dim is None else _stacked(tensor, dim)
                 for tensor, dim in zip(portion.tensors, call.in_dims, strict=True)
             ]
-            where = f"{count} points stacked, the first {portion.describe(0)}"
-            outputs = call(stacked, where, copies=count)
+            outputs = call(
+                stacked,
+                lambda n=count, points=portion: f"{n} points stacked, the first {points.describe(0)}",  # type: ignore[misc]
+                copies=count,
+            )
             yield [_unstacked(tensor, dim, count) for tensor, dim in zip(outputs, call.out_dims, strict=True)]
 
 
@@ -238,6 +247,10 @@ def _unstacked(tensor: Tensor, dim: int, count: int) -> Tensor:
     """(..., count * B, ...) -> (count, ..., B, ...)."""
     apart: Tensor = tensor.unflatten(dim, (count, tensor.shape[dim] // count))
     return apart.movedim(dim, 0)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _text(where: str | Callable[[], str]) -> str:

@@ -86,8 +86,9 @@ class RelativeStep:
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
-        factor = self._factor(stencil, eps)
-        return Steps(_power_of_two(x.abs().clamp_(min=1.0).mul_(factor)))
+        # half a power goes up: truncation then costs twice what it might, round-off half
+        factor = self._factor(stencil, eps) * _HALF_UP
+        return Steps(_power_of_two_below(x.abs().clamp_(min=1.0).mul_(factor)))
 
     def along(self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float) -> float:
         """See `StepSize.along`: the step that the largest element asks for, so that none is lost in rounding."""
@@ -243,11 +244,6 @@ _HALF_UP = 1.4143
 
 # Without its mantissa a number is the power of two below it.
 _EXPONENT = {torch.float32: (torch.int32, -(2**23)), torch.float64: (torch.int64, -(2**52))}
-
-
-def _power_of_two(h: Tensor) -> Tensor:
-    # rounds the exponent; half a power goes up: truncation then costs twice what it might, round-off half
-    return _power_of_two_below(h * _HALF_UP)
 
 
 def _power_of_two_below(h: Tensor) -> Tensor:
