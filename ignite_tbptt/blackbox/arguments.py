@@ -25,6 +25,8 @@ from torch.utils._pytree import (
 
 __all__ = ["Arguments"]
 
+_PLAIN = (Tensor, torch.nn.Parameter, np.ndarray, float, int, bool, str, type(None))
+
 
 class Arguments(Sequence[str]):
     """One call of a function; as a sequence, the names of the tensors among its arguments.
@@ -42,8 +44,14 @@ class Arguments(Sequence[str]):
         self._fn = fn
         self._numpy = numpy
         self._positional = len(args)
-        leaves, self._args_spec = tree_flatten(args)
-        kwargs_leaves, self._kwargs_spec = tree_flatten(kwargs)
+        # most functions have no nests among their arguments, and are called more quickly without looking for them
+        self._flat = not kwargs and all(type(arg) in _PLAIN for arg in args)
+        kwargs_leaves: list[Any] = []
+        if self._flat:
+            leaves = list(args)
+        else:
+            leaves, self._args_spec = tree_flatten(args)
+            kwargs_leaves, self._kwargs_spec = tree_flatten(kwargs)
         self._leaves = leaves + kwargs_leaves
         self._split = len(leaves)
         self._places = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
@@ -62,6 +70,8 @@ class Arguments(Sequence[str]):
             leaves[k] = _as_array(tensor) if self._numpy else tensor
         for k in self._arrays:
             leaves[k] = leaves[k].copy()
+        if self._flat:
+            return self._fn(*leaves)
         args, kwargs = self._nested(leaves)
         return self._fn(*args, **kwargs)
 
@@ -76,6 +86,8 @@ class Arguments(Sequence[str]):
             return None
         if isinstance(in_dims, list):
             in_dims = tuple(in_dims)
+        if self._flat:
+            self._args_spec = tree_flatten(tuple(range(self._split)))[1]
         flat = _broadcast_to_and_flatten(in_dims, self._args_spec)
         if flat is None:
             raise ValueError(
@@ -95,6 +107,8 @@ class Arguments(Sequence[str]):
         return tuple(dims[k] for k in self._places)
 
     def _nested(self, leaves: list[Any]) -> tuple[Any, Any]:
+        if self._flat:
+            return tuple(leaves), {}
         args = tree_unflatten(leaves[: self._split], self._args_spec)
         return args, tree_unflatten(leaves[self._split :], self._kwargs_spec)
 

@@ -9,6 +9,7 @@ any step size.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.stencil import Stencil
-from ignite_tbptt.blackbox.step_size import StepSize
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, Steps, StepSize
 
 __all__ = [
     "Block",
@@ -67,29 +68,63 @@ class Rows:
 
 @dataclass(frozen=True)
 class Block:
-    """Tensors that are moved together: those with independent rows, or those that all rows share.
+    """Tensors of one dtype that are moved together: those with independent rows, or those that all rows share.
 
     Attributes:
-        xs: the tensors, each as (rows, width).
+        x: all of them side by side, (rows, width).
         layouts: how each goes back into its shape.
-        names: what each is called in messages.
-        positions: the place of each among all tensors that are differentiated.
+        members: the place of each among the arguments of the blackbox.
+        positions: the place of each among the arguments that are differentiated.
+        names: what the arguments of the blackbox are called in messages.
     """
 
-    xs: tuple[Tensor, ...]
+    x: Tensor
     layouts: tuple[Rows, ...]
-    names: tuple[str, ...]
+    members: tuple[int, ...]
     positions: tuple[int, ...]
+    names: Sequence[str]
 
-    @property
-    def rows(self) -> int:
-        """The number of independent rows."""
-        return self.layouts[0].rows
+    @classmethod
+    def of(
+        cls, tensors: Sequence[Tensor], dims: Sequence[int | None], members: Sequence[int], positions: Sequence[int],
+        names: Sequence[str],
+    ) -> Block:  # fmt: skip
+        """A block of these tensors, whose rows are at these axes."""
+        layouts = tuple(Rows(tensor.shape, dim) for tensor, dim in zip(tensors, dims, strict=True))
+        rows = [layout.split(tensor) for layout, tensor in zip(layouts, tensors, strict=True)]
+        x = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        return cls(x, layouts, tuple(members), tuple(positions), names)
 
-    @property
-    def width(self) -> int:
-        """Elements of one row, over all tensors."""
-        return sum(layout.width for layout in self.layouts)
+    def apart(self, rows: Tensor) -> list[Tensor]:
+        """(*leading, rows, width) -> (*leading, *shape) for each tensor."""
+        if len(self.layouts) == 1:
+            return [self.layouts[0].join(rows)]
+        parts = rows.split([layout.width for layout in self.layouts], -1)
+        return [layout.join(part) for layout, part in zip(self.layouts, parts, strict=True)]
+
+    def steps(self, step_size: StepSize, stencil: Stencil, eps: float) -> Steps:
+        """The step of every element, (rows, width); bounds and the like see the tensors in their own shape."""
+        if isinstance(step_size, (AbsoluteStep, RelativeStep)):  # the usual ones look at each element alone
+            return step_size.each(self.x, stencil, eps)
+        parts = zip(self.apart(self.x), self.positions, strict=True)
+        each = [step_size.each(part, stencil, eps, position) for part, position in parts]
+        sizes = self._together([steps.sizes for steps in each])
+        if all(steps.one_sided is None for steps in each):
+            return Steps(sizes)
+        one_sided = [torch.zeros_like(s.sizes, dtype=torch.bool) if s.one_sided is None else s.one_sided for s in each]
+        return Steps(sizes, self._together(one_sided))
+
+    def _together(self, parts: Sequence[Tensor]) -> Tensor:
+        rows = [layout.split(part) for layout, part in zip(self.layouts, parts, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+    def spelled(self, column: int) -> tuple[str, tuple[int, ...], Rows]:
+        """Which element a column is: name of the tensor, index in row 0, and layout of the tensor."""
+        for member, layout in zip(self.members, self.layouts, strict=True):
+            if column < layout.width:
+                return self.names[member], layout.index(0, column), layout
+            column -= layout.width
+        raise IndexError(column)
 
 
 class Moves(ABC):
@@ -109,16 +144,16 @@ class Moves(ABC):
         """Number of moves."""
 
     @abstractmethod
-    def points(self) -> dict[int, Tensor]:
-        """Index in the block -> (count, evaluated offsets, rows, width), for the tensors that move."""
+    def points(self) -> Tensor:
+        """The block at all evaluated offsets of all moves, (count, evaluated offsets, rows, width)."""
 
     @abstractmethod
     def realised(self, weights: Sequence[float]) -> Tensor:
-        """(count, rows), float64: the steps as they came out of rounding, weighted like the outputs will be."""
+        """(count, rows), double: the steps as they came out of rounding, weighted like the outputs will be."""
 
     @abstractmethod
-    def add(self, slopes: Tensor, gradients: Sequence[Tensor]) -> None:
-        """Add dual x slope of every move to the (rows, width) gradients of the block, slopes being (count, rows)."""
+    def add(self, slopes: Tensor, gradient: Tensor) -> None:
+        """Add dual x slope of every move to the (rows, width) gradient of the block, slopes being (count, rows)."""
 
     @abstractmethod
     def mirrored(self, chosen: Sequence[int]) -> Moves:
@@ -131,11 +166,10 @@ class Moves(ABC):
 
 @dataclass(frozen=True)
 class CoordinateMoves(Moves):
-    """Columns of one tensor of the block, each moved in every row by a step of its own."""
+    """Columns of the block, each moved in every row by a step of its own."""
 
     block: Block
     stencil: Stencil
-    member: int
     columns: Tensor
     steps: Tensor
     """(count, rows), signed."""
@@ -145,38 +179,40 @@ class CoordinateMoves(Moves):
         """Number of moves."""
         return len(self.columns)
 
-    def _moved(self) -> tuple[Tensor, Tensor]:
-        start = self.block.xs[self.member][:, self.columns].T
-        offsets = torch.tensor(self.stencil.evaluated, dtype=start.dtype, device=start.device)
-        return start, start.unsqueeze(1) + offsets.view(1, -1, 1) * self.steps.unsqueeze(1)
+    @functools.cached_property
+    def _start(self) -> Tensor:
+        return self.block.x.T[self.columns]
 
-    def points(self) -> dict[int, Tensor]:
+    @functools.cached_property
+    def _moved(self) -> Tensor:
+        """(count, evaluated offsets, rows)."""
+        moved = [torch.add(self._start, self.steps, alpha=offset) for offset in self.stencil.evaluated]
+        return torch.stack(moved, 1)
+
+    def points(self) -> Tensor:
         """See `Moves.points`."""
-        x, moved = self.block.xs[self.member], self._moved()[1]
+        x, moved = self.block.x, self._moved
         points = x.expand(*moved.shape[:2], *x.shape).clone(memory_format=torch.contiguous_format)
-        columns = self.columns.view(-1, 1, 1, 1).expand(*moved.shape, 1)
-        return {self.member: points.scatter_(3, columns, moved.unsqueeze(-1))}
+        return points.scatter_(3, self.columns.view(-1, 1, 1, 1).expand(*moved.shape, 1), moved.unsqueeze(-1))
 
     def realised(self, weights: Sequence[float]) -> Tensor:
         """See `Moves.realised`."""
-        start, moved = self._moved()
-        return _weighted(_wide(moved) - _wide(start).unsqueeze(1), weights)
+        return weighted(_wide(self._moved), _wide(self._start), weights)
 
-    def add(self, slopes: Tensor, gradients: Sequence[Tensor]) -> None:
+    def add(self, slopes: Tensor, gradient: Tensor) -> None:
         """See `Moves.add`."""
-        gradients[self.member][:, self.columns] = slopes.T
+        gradient.index_copy_(1, self.columns, slopes.T)
 
     def mirrored(self, chosen: Sequence[int]) -> CoordinateMoves:
         """See `Moves.mirrored`."""
         some = torch.tensor(chosen, device=self.columns.device)
-        return CoordinateMoves(self.block, self.stencil.mirrored(), self.member, self.columns[some], self.steps[some])
+        return CoordinateMoves(self.block, self.stencil.mirrored(), self.columns[some], self.steps[some])
 
     def describe(self, move: int, offset: int) -> str:
         """See `Moves.describe`."""
-        column, layout = int(self.columns[move]), self.block.layouts[self.member]
-        index, h = layout.index(0, column), offset * float(self.steps[move, 0])
+        name, index, layout = self.block.spelled(int(self.columns[move]))
         rows = "" if layout.dim is None else f" (and its like in all {layout.rows} rows)"
-        return f"{self.block.names[self.member]}: element {index}{rows} moved by {h:+.3g}"
+        return f"{name}: element {index}{rows} moved by {offset * float(self.steps[move, 0]):+.3g}"
 
 
 @dataclass(frozen=True)
@@ -185,49 +221,39 @@ class RandomMoves(Moves):
 
     block: Block
     stencil: Stencil
-    displacements: tuple[Tensor, ...]
-    """(count, rows, width) for each tensor: the direction times the step."""
+    displacements: Tensor
+    """(count, rows, width): the direction times the step."""
     share: float
     """What each direction counts for, over the squared step: 1 / (n h^2)."""
 
     @property
     def count(self) -> int:
         """Number of moves."""
-        return len(self.displacements[0])
+        return len(self.displacements)
 
-    def points(self) -> dict[int, Tensor]:
+    def points(self) -> Tensor:
         """See `Moves.points`."""
-        points = {}
-        for k, (x, displacement) in enumerate(zip(self.block.xs, self.displacements, strict=True)):
-            offsets = torch.tensor(self.stencil.evaluated, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
-            points[k] = x + offsets * displacement.unsqueeze(1)
-        return points
+        return torch.stack([self.block.x + offset * self.displacements for offset in self.stencil.evaluated], 1)
 
     def realised(self, weights: Sequence[float]) -> Tensor:
         """See `Moves.realised`: the component along the direction, relative to its length."""
-        along, length = torch.zeros(()), torch.zeros(())
-        for k, points in self.points().items():
-            wanted = _wide(self.displacements[k])
-            moved = _wide(points) - _wide(self.block.xs[k])
-            along = along.to(wanted) + (_weighted(moved, weights) * wanted).sum(-1)
-            length = length.to(wanted) + wanted.square().sum(-1)
-        return along / length
+        wanted = _wide(self.displacements)
+        moved = weighted(_wide(self.points()), _wide(self.block.x), weights)
+        return (moved * wanted).sum(-1) / wanted.square().sum(-1)
 
-    def add(self, slopes: Tensor, gradients: Sequence[Tensor]) -> None:
+    def add(self, slopes: Tensor, gradient: Tensor) -> None:
         """See `Moves.add`."""
-        for gradient, displacement in zip(gradients, self.displacements, strict=True):
-            gradient.add_(torch.einsum("nr,nrd->rd", slopes * self.share, _wide(displacement)))
+        gradient += torch.einsum("nr,nrd->rd", slopes * self.share, _wide(self.displacements))
 
     def mirrored(self, chosen: Sequence[int]) -> RandomMoves:
         """See `Moves.mirrored`."""
-        some = tuple(displacement[list(chosen)] for displacement in self.displacements)
-        return RandomMoves(self.block, self.stencil.mirrored(), some, self.share)
+        return RandomMoves(self.block, self.stencil.mirrored(), self.displacements[list(chosen)], self.share)
 
     def describe(self, move: int, offset: int) -> str:
         """See `Moves.describe`."""
-        largest = max(float(displacement[move].abs().max()) for displacement in self.displacements)
-        names = ", ".join(self.block.names)
-        return f"{names}: all elements moved along a random direction, by {abs(offset) * largest:.3g} at most"
+        names = ", ".join(self.block.names[member] for member in self.block.members)
+        largest = abs(offset) * float(self.displacements[move].abs().max())
+        return f"{names}: all elements moved along a random direction, by {largest:.3g} at most"
 
 
 class Directions(Protocol):
@@ -260,19 +286,18 @@ class Coordinates:
         self, block: Block, stencil: Stencil, step_size: StepSize, eps: float, points: int, draw: int
     ) -> Iterator[Moves]:
         """See `Directions.moves`."""
-        for member, (x, position) in enumerate(zip(block.xs, block.positions, strict=True)):
-            layout = block.layouts[member]
-            # bounds are given in the tensor's own shape
-            steps = step_size.each(layout.join(x), stencil, eps, position)
-            sizes = layout.split(steps.sizes)
-            for formula, columns in _by_formula(stencil, steps.one_sided, layout, x.device):
-                if formula is not stencil and steps.one_sided is not None:
-                    # rows with room on both sides have it for the shorter reach of the two-sided formula
-                    forced = layout.split(steps.one_sided)
-                    sizes = torch.where(forced, sizes, sizes * (stencil.reach / formula.reach))
-                portion = max(1, points // len(formula.evaluated))
-                for some in columns.split(portion) if len(columns) else ():
-                    yield CoordinateMoves(block, formula, member, some, sizes[:, some].T)
+        sizes, one_sided = block.steps(step_size, stencil, eps)
+        for formula, columns in _by_formula(stencil, one_sided, block.x):
+            steps = sizes
+            if one_sided is not None and formula is not stencil:
+                # rows with room on both sides have it for the shorter reach of the two-sided formula
+                steps = torch.where(one_sided, sizes, sizes * (stencil.reach / formula.reach))
+            portion = max(1, points // len(formula.evaluated))
+            if portion >= block.x.shape[1] == len(columns):
+                yield CoordinateMoves(block, formula, columns, steps.T)
+                continue
+            for some in columns.split(portion) if len(columns) else ():
+                yield CoordinateMoves(block, formula, some, steps.T[some])
 
 
 @dataclass(frozen=True)
@@ -303,15 +328,10 @@ class _Random(ABC):
     ) -> Iterator[Moves]:
         """See `Directions.moves`."""
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + draw) % 2**63)
-        directions = self._directions(block.rows, block.width, generator)
-        natural = [layout.join(x) for layout, x in zip(block.layouts, block.xs, strict=True)]
-        h = step_size.along(natural, stencil, eps, float(directions.abs().max()))
-        widths = [layout.width for layout in block.layouts]
-        portion = max(1, points // len(stencil.evaluated))
-        for some in directions.split(portion):
-            parts = zip(some.split(widths, dim=-1), block.xs, strict=True)
-            displacements = tuple((part * h).to(x) for part, x in parts)
-            yield RandomMoves(block, stencil, displacements, 1 / (len(directions) * h * h))
+        directions = self._directions(block.x.shape[0], block.x.shape[1], generator)
+        h = step_size.along(block.apart(block.x), stencil, eps, float(directions.abs().max()))
+        for some in directions.split(max(1, points // len(stencil.evaluated))):
+            yield RandomMoves(block, stencil, (some * h).to(block.x), 1 / (len(directions) * h * h))
 
 
 @dataclass(frozen=True)
@@ -347,21 +367,22 @@ class Orthogonal(_Random):
         return directions
 
 
-def _by_formula(
-    stencil: Stencil, one_sided: Tensor | None, layout: Rows, device: torch.device
-) -> list[tuple[Stencil, Tensor]]:
+def _by_formula(stencil: Stencil, one_sided: Tensor | None, x: Tensor) -> list[tuple[Stencil, Tensor]]:
     """Columns under the stencil, and those that a bound forces, in some row, to one side."""
     if one_sided is None:
-        return [(stencil, torch.arange(layout.width, device=device))]
-    forced = layout.split(one_sided).any(0)
+        return [(stencil, torch.arange(x.shape[1], device=x.device))]
+    forced = one_sided.any(0)
     return [(stencil, (~forced).nonzero()[:, 0]), (stencil.one_sided(), forced.nonzero()[:, 0])]
 
 
-def _weighted(moved: Tensor, weights: Sequence[float]) -> Tensor:
-    """Sum over the second axis, (count, offsets, ...) -> (count, ...)."""
-    total = moved[:, 0] * weights[0]
+def weighted(values: Tensor, origin: Tensor, weights: Sequence[float]) -> Tensor:
+    """Weighted sum of what changed from the origin, over the second axis: (count, offsets, ...) -> (count, ...).
+
+    The weights sum to 0, some of them only up to rounding: what did not move has to cancel before they are applied.
+    """
+    total = (values[:, 0] - origin) * weights[0]
     for j, weight in enumerate(weights[1:], 1):
-        total = total + moved[:, j] * weight
+        total = total.add_(values[:, j] - origin, alpha=weight)
     return total
 
 

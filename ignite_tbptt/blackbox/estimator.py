@@ -10,13 +10,14 @@ is never called here. Any stencil pairs with any directions and any step size; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.directions import Block, Coordinates, Directions, Gaussian, Moves, Rademacher
+from ignite_tbptt.blackbox.directions import Block, Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize
 
@@ -26,6 +27,7 @@ __all__ = [
     "Estimator",
     "ForwardDifference",
     "GaussianSmoothing",
+    "all_finite",
     "contract",
 ]
 
@@ -146,9 +148,9 @@ def contract(
     """
     stencil = moves.stencil
     shape = (moves.count, len(stencil.evaluated))
-    values = [_wide(output).unflatten(0, shape) for output in outputs]
+    values = [_wide(output).view(*shape, *output.shape[1:]) for output in outputs]
     slopes = _slopes(moves, stencil, values, cotangents, first, out_dims)
-    if bool(torch.isfinite(slopes).all()):
+    if all_finite(slopes):
         return slopes
     finite = _finite(moves, values, out_dims)
     cleaned = [torch.where(torch.isfinite(value), value, 0.0) for value in values]
@@ -176,12 +178,8 @@ def _slopes(
     weights = [by_offset.get(offset, 0.0) for offset in moves.stencil.evaluated]
     total: Tensor | None = None
     for k, (value, cotangent) in enumerate(zip(values, cotangents, strict=True)):
-        # The weights sum to 0, those of the table only up to rounding: what did not move has to cancel before.
-        changes = value - _wide(first[k])
-        difference = changes[:, 0] * weights[0]
-        for j, weight in enumerate(weights[1:], 1):
-            difference = difference + changes[:, j] * weight
-        share = _by_row(difference * _wide(cotangent), 0 if out_dims is None else out_dims[k])
+        difference = weighted(value, _wide(first[k]), weights)
+        share = _by_row(difference.mul_(_wide(cotangent)), 0 if out_dims is None else out_dims[k])
         if out_dims is None:
             share = share.sum(1, keepdim=True)
         total = share if total is None else total + share
@@ -195,8 +193,8 @@ def _by_row(values: Tensor, dim: int) -> Tensor:
     Where rows are shared this comes before the sum over them all: so that moving one row alone and moving all rows at
     once add the same numbers in the same order.
     """
-    if values.dim() == 1:
-        return values.unsqueeze(1)
+    if values.dim() <= 2:
+        return values.view(len(values), -1)
     moved = values.movedim(dim + 1, 1)
     return moved.reshape(moved.shape[0], moved.shape[1], -1).sum(-1)
 
@@ -213,6 +211,11 @@ def _finite(moves: Moves, values: Sequence[Tensor], out_dims: Sequence[int] | No
         finite = good if finite is None else finite & good
     assert finite is not None
     return finite
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are; their sum is, unless it overflows, and is looked at first because it costs less."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -77,43 +77,55 @@ class Call:
         self.count = count
         self.in_dims = in_dims
         self.out_dims = out_dims
-        self.first: Outputs | None = None
+        self._first: Outputs | None = None
+        self._shape: torch.Size | None = None
+        self._dtype: torch.dtype | None = None
         self.replay: RandomStreams | None = None
 
-    def __call__(self, tensors: Sequence[Tensor], where: str | Callable[[], str], copies: int = 1) -> Outputs:
-        """Evaluate at tensors that the blackbox may keep.
+    def __call__(self, tensors: Sequence[Tensor], where: str | Callable[[], str], copies: int = 1) -> list[Tensor]:
+        """Evaluate at tensors that the blackbox may keep; returns the numbers among the outputs.
 
         Raises:
             BlackboxError: the blackbox raised, or returned another structure, shape or dtype than before.
         """
         if self.replay is not None:
             self.replay.restore()
-        self.count.nfev += 1
+        count = self.count
+        count.nfev += 1
         start = time.perf_counter()
         try:
             value = self.fn(*tensors)
         except Exception as error:
             raise BlackboxError(
                 f"{self.label} raised {type(error).__name__}: {error}\n"
-                f"in evaluation {self.count.nfev}, {_text(where)}; it must bear such a move, so choose a smaller step, "
+                f"in evaluation {count.nfev}, {_text(where)}; it must bear such a move, so choose a smaller step, "
                 "or BoundedStep to keep x inside its domain"
             ) from error
         finally:
-            self.count.seconds += time.perf_counter() - start
+            count.seconds += time.perf_counter() - start
+        usual = copies == 1 and isinstance(value, Tensor)
+        if usual and value.shape == self._shape and value.dtype == self._dtype:
+            return [value.detach().clone()]
         outputs = Outputs.of(value, self.label)
-        if self.first is None:
+        remedy = "return the same structure for every input"
+        if copies > 1:
+            remedy = f"it got {copies} batches in one; if it needs the size it was written for, use SerialEvaluation()"
+        if self._first is None:
             self.first = outputs
-            return outputs
-        if not _looks_alike(self.first, outputs, copies):
-            remedy = "return the same structure for every input"
-            if copies > 1:
-                remedy = (
-                    f"it got {copies} batches in one; if it needs the size it was written for, use SerialEvaluation()"
-                )
-            check_same_kind(
-                self.first, outputs, self.label, remedy, _text(where), copies=copies, out_dims=self.out_dims
-            )
-        return outputs
+        else:
+            check_same_kind(self._first, outputs, self.label, remedy, where, copies, self.out_dims)
+        return outputs.tensors
+
+    @property
+    def first(self) -> Outputs | None:
+        """What came out at x; every later output has to be of its kind."""
+        return self._first
+
+    @first.setter
+    def first(self, outputs: Outputs) -> None:
+        self._first = outputs
+        if outputs.is_tensor:
+            self._shape, self._dtype = outputs.tensors[0].shape, outputs.tensors[0].dtype
 
 
 class Evaluator(Protocol):
@@ -160,30 +172,35 @@ class SerialEvaluation:
             yield _one_by_one(call, portion)
 
 
+# Of fewer points in one call little is gained, and what a function keeps between its own steps leaves the cache.
+_WORTH_STACKING = 4
+
+
 @dataclass(frozen=True)
 class StackedEvaluation:
     """Several points in one call, along the batch axis: for functions of independent rows, declared with in_dims.
 
-    Points that move an argument shared by all rows are evaluated one after the other, and so is a blackbox that draws
-    random numbers, because stacked rows could not share them.
+    Evaluated one after the other are points that move an argument shared by all rows, points so large that fewer than 4
+    make a stack, and a blackbox that draws random numbers, because stacked rows could not share them.
 
     Args:
-        portion_bytes: a stack is no larger than this in inputs or in outputs. Past the size of the cache stacking loses
-            what it gains: 1 MiB was best on every machine it was measured on.
+        stack_bytes: a stack is no larger than this in inputs or in outputs. Past the size of the cache stacking loses
+            more than it gains.
 
     Raises:
         ValueError: a size below 1; when used, that no in_dims were declared.
     """
 
-    portion_bytes: int = 2**20
+    stack_bytes: int = 2**19
     stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_bytes("portion_bytes", self.portion_bytes)
+        _check_bytes("stack_bytes", self.stack_bytes)
 
     def portion(self, point_bytes: int) -> int:
         """See `Evaluator.portion`."""
-        return max(1, self.portion_bytes // max(1, point_bytes))
+        fitting = self.stack_bytes // max(1, point_bytes)
+        return fitting if fitting >= _WORTH_STACKING else SerialEvaluation().portion(point_bytes)
 
     def evaluate(self, call: Call, portions: Iterable[Points]) -> Iterator[list[Tensor]]:
         """See `Evaluator.evaluate`."""
@@ -194,22 +211,26 @@ class StackedEvaluation:
             )
         for portion in portions:
             count = len(portion.tensors[0])
-            if count == 1 or not portion.rows_move or call.replay is not None:
+            size = max(_bytes(portion.tensors), count * _bytes(call.first.tensors if call.first else ()))
+            if count == 1 or size > self.stack_bytes or not portion.rows_move or call.replay is not None:
                 yield _one_by_one(call, portion)
                 continue
             stacked = [
                 tensor[0] if dim is None else _stacked(tensor, dim)
                 for tensor, dim in zip(portion.tensors, call.in_dims, strict=True)
             ]
-            where = f"{count} points stacked, the first {portion.describe(0)}"
-            outputs = call(stacked, where, copies=count).tensors
+            outputs = call(
+                stacked,
+                lambda n=count, points=portion: f"{n} points stacked, the first {points.describe(0)}",  # type: ignore[misc]
+                copies=count,
+            )
             yield [_unstacked(tensor, dim, count) for tensor, dim in zip(outputs, call.out_dims, strict=True)]
 
 
 def _one_by_one(call: Call, portion: Points) -> list[Tensor]:
     points = zip(*(tensor.unbind(0) for tensor in portion.tensors), strict=True)
     outputs = [
-        call(point, lambda index=index: portion.describe(index)).tensors  # type: ignore[misc]
+        call(point, lambda index=index: portion.describe(index))  # type: ignore[misc]
         for index, point in enumerate(points)
     ]
     return [torch.stack(same) for same in zip(*outputs, strict=True)]
@@ -228,12 +249,8 @@ def _unstacked(tensor: Tensor, dim: int, count: int) -> Tensor:
     return apart.movedim(dim, 0)
 
 
-def _looks_alike(first: Outputs, later: Outputs, copies: int) -> bool:
-    """The quick check for the usual case, a single tensor out of an unstacked call."""
-    if copies > 1 or len(first.tensors) != 1 or len(later.tensors) != 1 or first.spec is not later.spec:
-        return False
-    was, now = first.tensors[0], later.tensors[0]
-    return was.shape == now.shape and was.dtype == now.dtype
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _text(where: str | Callable[[], str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.evaluation import Call, EvaluationCount, Evaluator, SerialEvaluation
-from ignite_tbptt.blackbox.gradient import Differences, have_drawn
+from ignite_tbptt.blackbox.gradient import Differences, autocast_off, have_drawn
 from ignite_tbptt.blackbox.outputs import Outputs
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
@@ -102,25 +102,21 @@ class ForwardCall:
         # what is evaluated with autocast off differs from what the module itself computed under it
         autocast = any(torch.is_autocast_enabled(kind) for kind in {tensor.device.type for tensor in tensors})
         cast = functools.partial(_cast, dtype=options.dtype, device=options.device, autocast=autocast)
-        streams = None
-        if self.known is not None:
-            streams = self.known.streams
-            outputs = Outputs.of(self.known.outputs, options.label)
-        else:
+        if self.known is None:
             streams = RandomStreams.now() if self.differentiable else None
-            with _autocast_off(tensors) if autocast else contextlib.nullcontext():
+            with autocast_off(tensors) if autocast else contextlib.nullcontext():
                 outputs = Outputs.of(self.fn(*[_copied(tensor, cast(tensor)) for tensor in tensors]), options.label)
+        else:
+            streams = self.known.streams or RandomStreams.now()
+            outputs = Outputs.of(self.known.outputs, options.label)
         self.outputs = outputs
         out_dims = None if in_dims is None else _checked_out_dims(options, outputs, in_dims, tensors)
-        if self.differentiable:
+        if streams is not None:
             call = Call(self.fn, options.label, self.count, in_dims, out_dims)
             if self.known is None or not (autocast or options.dtype or options.device):
                 call.first = outputs
-            if streams is None:
-                streams, draws = RandomStreams.now(), False
-            else:
-                draws = have_drawn(streams, RandomStreams.now())
             names = options.names or [f"input {k}" for k in range(len(tensors))]
+            draws = have_drawn(streams)
             self.differences = Differences(call, options.estimator, options.evaluator, names, cast, streams, draws)
         return self._as_arguments(outputs, tensors)
 
@@ -213,10 +209,3 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, device: str | None, autocas
 
 def _copied(tensor: Tensor, cast: Tensor) -> Tensor:
     return cast.clone() if cast.data_ptr() == tensor.data_ptr() else cast
-
-
-def _autocast_off(tensors: Sequence[Tensor]) -> contextlib.ExitStack:
-    stack = contextlib.ExitStack()
-    for kind in {tensor.device.type for tensor in tensors}:
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack

@@ -250,10 +250,11 @@ def _call(
                 "numbers; pass torch.view_as_real(input) and put the parts together inside the function"
             )
     session = ForwardCall(fn, options, count, known)
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if wanted or torch._C._are_functorch_transforms_active():
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         session.differentiable = True
-        flat = _FiniteDifferences.apply(session, *tensors)  # type: ignore[no-untyped-call]
+        function = _UnderTransforms if transformed else _FiniteDifferences
+        flat = function.apply(session, *tensors)  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
             flat = session.forward(tensors)
@@ -262,16 +263,10 @@ def _call(
 
 class _FiniteDifferences(torch.autograd.Function):
     @staticmethod
-    def forward(session: ForwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return session.forward(tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        session, *tensors = inputs
-        ctx.differences = session.differences
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(tensor for tensor in output if not tensor.is_floating_point()))
+    def forward(ctx: Any, session: ForwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+        output = session.forward(tensors)
+        _remember(ctx, session, tensors, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -293,6 +288,19 @@ class _FiniteDifferences(torch.autograd.Function):
                 found[k] = gradient
         return (None, *found)
 
+
+class _UnderTransforms(_FiniteDifferences):
+    """The same with a forward that torch.func can take apart; torch is slower to call one of these."""
+
+    @staticmethod
+    def forward(session: ForwardCall, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return session.forward(tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        session, *tensors = inputs
+        _remember(ctx, session, tensors, output)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], session: ForwardCall, *tensors: Tensor) -> tuple[Any, Any]:
         """One call for each entry of the mapped axis."""
@@ -303,10 +311,17 @@ class _FiniteDifferences(torch.autograd.Function):
                 for tensor, dim in zip(tensors, in_dims[1:], strict=True)
             ]
             one = session.again()
-            found.append(_FiniteDifferences.apply(one, *entry))  # type: ignore[no-untyped-call]
+            found.append(_UnderTransforms.apply(one, *entry))  # type: ignore[no-untyped-call]
             session.outputs = one.outputs
         stacked = tuple(torch.stack(same) for same in zip(*found, strict=True))
         return stacked, (0,) * len(stacked)
+
+
+def _remember(ctx: Any, session: ForwardCall, tensors: Sequence[Tensor], output: tuple[Tensor, ...]) -> None:
+    ctx.differences = session.differences
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(tensor for tensor in output if not tensor.is_floating_point()))
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -8,28 +8,30 @@ at all. Pairs with `function`, which holds a `Differences` for every forward cal
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import random
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.directions import Block, Moves, Rows
+from ignite_tbptt.blackbox.directions import Block, Moves
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
-from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.estimator import Estimator, all_finite
 from ignite_tbptt.blackbox.evaluation import Call, Evaluator, Points
 from ignite_tbptt.blackbox.outputs import Outputs
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
-__all__ = ["Differences", "have_drawn"]
+__all__ = ["Differences", "autocast_off", "have_drawn"]
 
 _T = TypeVar("_T")
 
-# How often one input is searched for a step that moves the outputs: it costs some ten evaluations.
+# How often it is asked whether an input with a zero gradient matters at all, at one evaluation each time.
 _SEARCHES = 3
 
 
@@ -70,17 +72,19 @@ class Differences:
         """
         # a clone is dense, whatever the tensor was a slice of
         points = [self.cast(tensor).clone() for tensor in tensors]
-        before = RandomStreams.now()
+        self.call.replay = self.streams if self.draws else None
+        before, moved = RandomStreams.now(), True
         try:
-            with torch.no_grad(), _autocast_off({tensor.device.type for tensor in points}):
-                self.call.replay = self.streams if self.draws else None
+            with torch.no_grad(), autocast_off(points):
                 found = self._estimated(points, needed, cotangents)
-                if not self.draws and have_drawn(before, RandomStreams.now()):
+                moved = self.draws or have_drawn(before)
+                if moved and not self.draws:
                     # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all.
                     self.draws, self.call.replay = True, self.streams
                     found = self._estimated(points, needed, cotangents)
         finally:
-            before.restore()
+            if moved:
+                before.restore()
         self.call.count.gradients += 1
         return [
             None if gradient is None else gradient.to(device=tensor.device, dtype=tensor.dtype)
@@ -91,34 +95,33 @@ class Differences:
         self, points: list[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """Gradients in the precision of the evaluation."""
-        first = self.call.first
-        if first is None:
-            first = self.call([point.clone() for point in points], "at x itself")
+        if self.call.first is None:
+            self.call([point.clone() for point in points], "at x itself")
+        first = _there(self.call.first)
         used = [
             k for k, v in enumerate(cotangents) if v is not None and first.tensors[k].is_floating_point() and v.numel()
         ]
-        found: list[Tensor | None] = [
-            _zeros(point) if need else None for point, need in zip(points, needed, strict=True)
-        ]
         wanted = [k for k, need in enumerate(needed) if need and points[k].numel()]
+        found: list[Tensor | None] = [
+            torch.zeros_like(point) if need and (not used or not point.numel()) else None
+            for point, need in zip(points, needed, strict=True)
+        ]
         if not used or not wanted:
             return found
         task = _Task(self, points, first, used, [_there(cotangents[k]).to(first.tensors[k].device) for k in used])
-        task.check_finite()
         in_dims = self.call.in_dims or [None] * len(points)
-        by_row = [k for k in wanted if in_dims[k] is not None]
-        if by_row:
-            task.probe_rows(by_row)
+        if any(in_dims[k] is not None for k in wanted):
+            task.probe_rows()
         positions = {k: position for position, k in enumerate(k for k, need in enumerate(needed) if need)}
-        for members, rows_move in ((by_row, True), ([k for k in wanted if in_dims[k] is None], False)):
-            if not members:
-                continue
-            layouts = tuple(Rows(points[k].shape, in_dims[k]) for k in members)
-            xs = tuple(layout.split(points[k]) for layout, k in zip(layouts, members, strict=True))
-            names = tuple(self.names[k] for k in members)
-            block = Block(xs, layouts, names, tuple(positions[k] for k in members))
-            for k, layout, gradient in zip(members, layouts, task.along(block, members, rows_move), strict=True):
-                found[k] = layout.join(gradient)
+        # rows that move together have to be there together, and in one precision
+        kinds = dict.fromkeys((in_dims[k] is not None, points[k].dtype) for k in wanted)
+        for rows_move, dtype in kinds:
+            members = [k for k in wanted if (in_dims[k] is not None, points[k].dtype) == (rows_move, dtype)]
+            some = [points[k] for k in members], [in_dims[k] for k in members]
+            block = Block.of(*some, members, [positions[k] for k in members], self.names)
+            for k, gradient in zip(members, block.apart(task.along(block, rows_move)), strict=True):
+                found[k] = gradient
+                task.doubt_if_zero(k, positions[k], gradient)
         return found
 
 
@@ -134,7 +137,29 @@ class _Task:
         x_types = {point.dtype for point in points if point.is_floating_point()}
         self.eps = max(torch.finfo(dtype).eps for dtype in x_types | {value.dtype for value in self.values})
 
-    def check_finite(self) -> None:
+    def along(self, block: Block, rows_move: bool) -> Tensor:
+        """The gradient of a block, (rows, width)."""
+        owner = self.owner
+        portion = owner.evaluator.portion(max(_bytes(self.points), _bytes(self.first.tensors)))
+        draw = self.call.count.gradients
+        under_way: deque[Moves] = deque()
+
+        def portions() -> Iterator[Points]:
+            for moves in owner.estimator.perturb(block, self.eps, portion, draw):
+                under_way.append(moves)
+                yield self._points_of(moves, rows_move)
+
+        gradient = _zeros(block.x)
+        for outputs in owner.evaluator.evaluate(self.call, portions()):
+            moves = under_way.popleft()
+            slopes = self._contracted(moves, outputs, rows_move)
+            if not all_finite(slopes):
+                self._check_finite_at_x()
+                slopes = self._from_the_other_side(moves, slopes, rows_move)
+            moves.add(slopes, gradient)
+        return gradient
+
+    def _check_finite_at_x(self) -> None:
         """Refuse a point at which no difference can be taken."""
         for k, value in zip(self.used, self.values, strict=True):
             if not bool(torch.isfinite(value).all()):
@@ -145,68 +170,36 @@ class _Task:
                     "are returned"
                 )
 
-    def along(self, block: Block, members: list[int], rows_move: bool) -> list[Tensor]:
-        """Gradients, as (rows, width), for the tensors of a block."""
-        owner = self.owner
-        size = max(_bytes(self.points), _bytes(self.first.tensors))
-        portion = owner.evaluator.portion(size)
-        draw = self.call.count.gradients
-        under_way: deque[Moves] = deque()
-
-        def portions() -> Iterator[Points]:
-            for moves in owner.estimator.perturb(block, self.eps, portion, draw):
-                under_way.append(moves)
-                yield self._points_of(moves, members, rows_move)
-
-        gradients = [_zeros(x) for x in block.xs]
-        stirred: set[int] = set()
-        for outputs in owner.evaluator.evaluate(self.call, portions()):
-            moves = under_way.popleft()
-            slopes = self._contracted(moves, outputs, rows_move)
-            if not bool(torch.isfinite(slopes).all()):
-                slopes = self._from_the_other_side(moves, slopes, members, rows_move)
-            moves.add(slopes, gradients)
-            if any(bool((outputs[k] != value).any()) for k, value in zip(self.used, self.values, strict=True)):
-                stirred |= moves.points().keys() if len(members) > 1 else {0}
-        for member, k in enumerate(members):
-            # A weight whose input happens to be zero, as a first hidden state is, is no reason for doubt.
-            moved = f"moved: {k}"
-            if member in stirred:
-                self.call.count.notes.add(moved)
-            elif moved not in self.call.count.notes:
-                self._warn_of_no_difference(k)
-        return gradients
-
     def _contracted(self, moves: Moves, outputs: Sequence[Tensor], rows_move: bool) -> Tensor:
         used = [outputs[k] for k in self.used]
         dims = [_there(self.call.out_dims)[k] for k in self.used] if rows_move else None
         return self.owner.estimator.contract(moves, used, self.cotangents, self.values, dims)
 
-    def _points_of(self, moves: Moves, members: list[int], rows_move: bool) -> Points:
-        moved = {members[member]: points for member, points in moves.points().items()}
+    def _points_of(self, moves: Moves, rows_move: bool) -> Points:
         offsets = moves.stencil.evaluated
+        block = moves.block
+        moved = dict(zip(block.members, block.apart(moves.points().flatten(0, 1)), strict=True))
         count = moves.count * len(offsets)
         tensors = []
         for k, point in enumerate(self.points):
-            if k in moved:
-                layout = moves.block.layouts[members.index(k)]
-                points = layout.join(moved[k].flatten(0, 1))
-                tensors.append(points if points.stride()[1:] == point.stride() else _copied_like(point, points))
-            else:
+            points = moved.get(k)
+            if points is None:
                 # always a copy: a single point, expanded, would count as contiguous and be the given one itself
-                tensors.append(_copied_like(point, point.expand(count, *point.shape)))
+                points = _copied_like(point, point.expand(count, *point.shape))
+            elif points.stride()[1:] != point.stride():
+                points = _copied_like(point, points)
+            tensors.append(points)
         return Points(
             tensors, rows_move, lambda index: moves.describe(index // len(offsets), offsets[index % len(offsets)])
         )
 
-    def _from_the_other_side(self, moves: Moves, slopes: Tensor, members: list[int], rows_move: bool) -> Tensor:
+    def _from_the_other_side(self, moves: Moves, slopes: Tensor, rows_move: bool) -> Tensor:
         """Take the slopes that are missing from points that mirror those which were not finite."""
         broken = (~torch.isfinite(slopes)).any(1).nonzero()[:, 0].tolist()
         if moves.stencil.is_two_sided:
             raise self._not_finite(moves, broken[0], "on both sides")
         mirrored = moves.mirrored(broken)
-        points = self._points_of(mirrored, members, rows_move)
-        (outputs,) = self.owner.evaluator.evaluate(self.call, [points])
+        (outputs,) = self.owner.evaluator.evaluate(self.call, [self._points_of(mirrored, rows_move)])
         again = self._contracted(mirrored, outputs, rows_move)
         mended = slopes.clone()
         mended[broken] = torch.where(torch.isfinite(slopes[broken]), slopes[broken], again)
@@ -220,18 +213,19 @@ class _Task:
             "choose a smaller step, or BoundedStep to keep x inside the domain"
         )
 
-    def probe_rows(self, by_row: list[int]) -> None:
+    def probe_rows(self) -> None:
         """Verify once that rows are independent: give row 0 the values of row 1 and see who notices."""
         call, note = self.call, "rows are independent"
         in_dims = _there(call.in_dims)
-        rows = self.points[by_row[0]].shape[_there(in_dims[by_row[0]])]
+        rows = next(point.shape[dim] for point, dim in zip(self.points, in_dims, strict=True) if dim is not None)
         if rows < 2 or note in call.count.notes:
             return
+        self._check_finite_at_x()
         moved = [point.clone() for point in self.points]
         for k, dim in enumerate(in_dims):
             if dim is not None:
                 _give_row_0_another_value(moved[k], dim, self.eps)
-        out = call([point.clone() for point in moved], "row 0 moved, to see whether the others notice").tensors
+        out = call([point.clone() for point in moved], "row 0 moved, to see whether the others notice")
         dims = _there(call.out_dims)
         for k in self.used:
             if not _same_bits(out[k].movedim(dims[k], 0)[1:], self.first.tensors[k].movedim(dims[k], 0)[1:]):
@@ -242,7 +236,7 @@ class _Task:
 
     def _coupled(self) -> BlackboxError:
         call = self.call
-        again = call([point.clone() for point in self.points], "at x once more").tensors
+        again = call([point.clone() for point in self.points], "at x once more")
         if not all(_same_bits(again[k], self.first.tensors[k]) for k in self.used):
             return BlackboxError(
                 f"{call.label} gives other outputs for the same inputs: no difference of two can be trusted, and "
@@ -268,17 +262,20 @@ class _Task:
                     "stacked; use SerialEvaluation()"
                 )
 
-    def _warn_of_no_difference(self, k: int) -> None:
-        """Say once for each input that nothing moved although it would have at a larger step.
+    def doubt_if_zero(self, k: int, position: int, gradient: Tensor) -> None:
+        """Warn, once for each input, of a zero gradient where a larger step would have moved the outputs.
 
-        Where no step moves anything the zero is right: the weight of a state that is still zero, say.
+        Where the steps taken did move them, or no step does, the zero is right: an even function at its centre, or the
+        weight of a state that is still zero.
         """
+        if bool(gradient.any()) or not any(bool(v.any()) for v in self.cotangents):
+            return
         call, name = self.call, self.owner.names[k]
         searched = [note for note in call.count.notes if note.startswith(f"no difference: {name}: ")]
         if len(searched) >= _SEARCHES:
             return
         call.count.notes.add(f"no difference: {name}: {len(searched)}")
-        found = self._step_that_moves(k)
+        found = self._step_that_moves(k, position)
         if found is None:
             return
         h, quantum = found
@@ -291,51 +288,79 @@ class _Task:
             stacklevel=2,
         )
 
-    def _step_that_moves(self, k: int) -> tuple[float, float] | None:
-        """The step at which outputs change, to a factor of 2, and the smallest change; None where none was found."""
-        reach = max(1.0, float(self.points[k].abs().max()))
-        h = reach * self.eps**0.5
-        while h < 1e3 * reach:
-            change = self._change_at(k, h)
-            if change is not None:
-                smaller = self._change_at(k, h / 2)
-                return (h, change) if smaller is None else (h / 2, smaller)
-            h *= 4
+    def _step_that_moves(self, k: int, position: int) -> tuple[float, float] | None:
+        """The step at which outputs change, to a factor of 2, and the smallest change.
+
+        None where no step changes them, or where the one that was taken does already.
+        """
+        x, estimator = self.points[k], self.owner.estimator
+        reach = max(1.0, float(x.abs().max()))
+        try:
+            if self._change_at(k, position, reach) is None:
+                return None
+        except BlackboxError:
+            pass  # so large a move leads outside the domain, smaller ones may not
+        try:
+            taken = estimator.step_size.each(x, estimator.stencil, self.eps, position).sizes
+            if any(self._change_at(k, position, steps) is not None for steps in (taken, -taken)):
+                return None
+            h = float(taken.abs().max())
+            while h < reach:
+                h *= 4
+                change = self._change_at(k, position, h)
+                if change is not None:
+                    smaller = self._change_at(k, position, h / 2)
+                    return (h, change) if smaller is None else (h / 2, smaller)
+        except BlackboxError:
+            pass
         return None
 
-    def _change_at(self, k: int, h: float) -> float | None:
+    def _change_at(self, k: int, position: int, h: float | Tensor) -> float | None:
         """The smallest change of an output when all elements of an input move by h, None where nothing changes."""
         points = [point.clone() for point in self.points]
-        points[k] += h
-        try:
-            out = self.call(points, f"{self.owner.names[k]}: all elements moved by {h:.3g}").tensors
-        except BlackboxError:
-            return None
+        points[k] = self.owner.estimator.step_size.inside(points[k] + h, position)
+        out = self.call(points, f"all elements of {self.owner.names[k]} moved")
         pairs = zip((out[used] for used in self.used), self.values, strict=True)
         changes = torch.cat([(now - was).abs().flatten() for now, was in pairs])
         changes = changes[torch.isfinite(changes) & (changes > 0)]
         return float(changes.min()) if len(changes) else None
 
 
-def have_drawn(before: RandomStreams, after: RandomStreams) -> bool:
-    """Whether any of the global random streams moved between two moments."""
-    if not torch.equal(before.torch_cpu, after.torch_cpu) or before.python != after.python:
+def have_drawn(before: RandomStreams) -> bool:
+    """Whether any of the global random streams moved since.
+
+    Draws show in the position within the state, or, where it comes round, in the first word, which is new by then.
+    """
+    if not torch.equal(before.torch_cpu, torch.get_rng_state()):
         return True
-    if len(before.torch_cuda) != len(after.torch_cuda):
+    was, now = before.python, random.getstate()
+    if (was[1][-1], was[1][0], was[2]) != (now[1][-1], now[1][0], now[2]):
         return True
-    if not all(torch.equal(was, now) for was, now in zip(before.torch_cuda, after.torch_cuda, strict=True)):
+    if _numpy_has_drawn(before.numpy_legacy):
         return True
-    was, now = before.numpy_legacy, after.numpy_legacy
-    return not (np.array_equal(was[1], now[1]) and was[0] == now[0] and was[2:] == now[2:])
+    cuda = torch.cuda.get_rng_state_all() if before.torch_cuda or torch.cuda.is_initialized() else []
+    pairs = zip(before.torch_cuda, cuda, strict=False)
+    return len(cuda) != len(before.torch_cuda) or not all(torch.equal(one, other) for one, other in pairs)
+
+
+def _numpy_has_drawn(before: Any) -> bool:
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is np.random.MT19937 and not before[3]:
+        # Its state in memory is 624 words and the position; to ask for it takes 70 times as long. A normal number that
+        # is kept for later is not in there, but to make one the generator had to move, unless it was kept before.
+        words = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
+        return bool(words[624] != before[2] or words[0] != before[1][0])
+    now: Any = np.random.get_state()
+    return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
 
 
 @contextlib.contextmanager
-def _autocast_off(devices: set[str]) -> Iterator[None]:
-    """Evaluate in the precision of the points: autocast would round what differences are taken of."""
+def autocast_off(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Evaluate in the precision of the tensors: autocast would round what differences are taken of."""
+    on = {tensor.device.type for tensor in tensors if torch.is_autocast_enabled(tensor.device.type)}
     with contextlib.ExitStack() as stack:
-        for device in devices:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in on:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

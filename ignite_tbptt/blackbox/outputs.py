@@ -7,7 +7,7 @@ to differentiate stay where they are. Pairs with `evaluation`, which compares ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ignite_tbptt.blackbox.errors import BlackboxError
 
-__all__ = ["Outputs", "same_kind"]
+__all__ = ["Outputs", "check_same_kind", "same_kind"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,11 @@ class Outputs:
                 f"among its outputs, only {', '.join(found)}; return the numbers themselves, or leave {label} unwrapped"
             )
         return cls(tensors, foreign, rest, spec)
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the blackbox returned one tensor and no nest."""
+        return self.spec is _LEAF and not self.foreign[0]
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
         """The nest again, with other tensors in the places of these."""
@@ -126,11 +131,20 @@ def same_kind(first: Outputs, later: Outputs, copies: int = 1, out_dims: Sequenc
     return None
 
 
-def check_same_kind(first: Outputs, later: Outputs, label: str, remedy: str, where: str, **stacked: Any) -> None:
+def check_same_kind(
+    first: Outputs,
+    later: Outputs,
+    label: str,
+    remedy: str,
+    where: str | Callable[[], str],
+    copies: int,
+    out_dims: Sequence[int] | None,
+) -> None:
     """Raise BlackboxError where `same_kind` finds a difference."""
-    difference = same_kind(first, later, **stacked)
+    difference = same_kind(first, later, copies, out_dims)
     if difference is not None:
+        place = where if isinstance(where, str) else where()
         raise BlackboxError(
-            f"{label} returned {difference} when evaluated again ({where}): differences of such outputs mean nothing; "
+            f"{label} returned {difference} when evaluated again ({place}): differences of such outputs mean nothing; "
             f"{remedy}"
         )

@@ -54,6 +54,10 @@ class StepSize(Protocol):
         """One step for directions that move all elements of all tensors, none by more than `scale` steps."""
         ...
 
+    def inside(self, x: Tensor, position: int) -> Tensor:
+        """The nearest point at which f may be evaluated, x itself where there are no bounds."""
+        ...
+
 
 @dataclass(frozen=True)
 class RelativeStep:
@@ -82,13 +86,18 @@ class RelativeStep:
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
-        factor = self._factor(stencil, eps)
-        return Steps(_power_of_two(x.abs().clamp_(min=1.0).mul_(factor)))
+        # half a power goes up: truncation then costs twice what it might, round-off half
+        factor = self._factor(stencil, eps) * _HALF_UP
+        return Steps(_power_of_two_below(x.abs().clamp_(min=1.0).mul_(factor)))
 
     def along(self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float) -> float:
         """See `StepSize.along`: the step that the largest element asks for, so that none is lost in rounding."""
         largest = max((float(x.abs().max()) for x in xs if x.numel()), default=1.0)
-        return 2.0 ** math.floor(math.log2(self._factor(stencil, eps) * max(1.0, largest)) + 0.5)
+        return 2.0 ** math.floor(math.log2(self._factor(stencil, eps) * max(1.0, largest) * _HALF_UP))
+
+    def inside(self, x: Tensor, position: int) -> Tensor:
+        """See `StepSize.inside`."""
+        return x
 
     def _factor(self, stencil: Stencil, eps: float) -> float:
         return float(eps ** (1 / (stencil.order + 1))) if self.factor is None else self.factor
@@ -117,6 +126,10 @@ class AbsoluteStep:
     def along(self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float) -> float:
         """See `StepSize.along`."""
         return self.h
+
+    def inside(self, x: Tensor, position: int) -> Tensor:
+        """See `StepSize.inside`."""
+        return x
 
 
 Bound = float | Tensor | tuple["float | Tensor | None", ...] | None
@@ -177,6 +190,10 @@ class BoundedStep:
             )
         return float(2.0 ** math.floor(math.log2(fitting)))
 
+    def inside(self, x: Tensor, position: int) -> Tensor:
+        """See `StepSize.inside`."""
+        return x.clamp(self._bound("lower", x, position), self._bound("upper", x, position))
+
     def _room(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         below, above = x - self._bound("lower", x, position), self._bound("upper", x, position) - x
         for name, room in (("lower", below), ("upper", above)):
@@ -222,13 +239,18 @@ def _towards_room(wanted: Tensor, ahead: Tensor, behind: Tensor, reach: int) -> 
     return torch.minimum(wanted, _power_of_two_below(room / reach)), turned
 
 
-def _power_of_two(h: Tensor) -> Tensor:
-    # half a power goes up: truncation then costs twice what it might, round-off half
-    return torch.exp2(torch.log2(h).add_(0.5).floor_())
+# A little above sqrt(2), so that what is half a power up to rounding goes up.
+_HALF_UP = 1.4143
+
+# Without its mantissa a number is the power of two below it.
+_EXPONENT = {torch.float32: (torch.int32, -(2**23)), torch.float64: (torch.int64, -(2**52))}
 
 
 def _power_of_two_below(h: Tensor) -> Tensor:
-    return torch.exp2(torch.log2(h).floor_())
+    if h.dtype not in _EXPONENT:
+        return torch.exp2(torch.log2(h).floor_())
+    integer, mask = _EXPONENT[h.dtype]
+    return h.view(integer).bitwise_and(mask).view(h.dtype)
 
 
 def _check_positive(name: str, value: float, instead: str) -> None:

@@ -37,7 +37,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "serial": SerialEvaluation(),
     "serial, a point at a time": SerialEvaluation(portion_bytes=1),
     "stacked": StackedEvaluation(),
-    "stacked, in twos": StackedEvaluation(portion_bytes=200),
+    "stacked, a few at a time": StackedEvaluation(stack_bytes=700),
 }
 
 RANDOM_DIRECTIONS: dict[str, Callable[[int, int], Directions]] = {

@@ -1,0 +1,207 @@
+"""What a gradient by finite differences costs over the evaluations it is made of, beside other ways to get one.
+
+Ratios are the time of a forward and a backward over the time of as many bare calls of the function, taken in turns in
+the same run; each is the median of the pairs. Peers that are not installed say so: ``pip install scipy numdifftools
+torchopt`` brings them all. Run with ``OMP_NUM_THREADS=1 python benchmarks/blackbox_cost.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox import CentralDifference, ForwardDifference, StackedEvaluation, blackbox
+
+Thunk = Callable[[], object]
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn, self.calls = fn, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.fn(*args)
+
+
+class NaiveFunction(torch.autograd.Function):
+    """What one writes first: a loop over elements, two evaluations each, everything cloned."""
+
+    @staticmethod
+    def forward(ctx: Any, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.fn = fn
+        ctx.save_for_backward(*inputs)
+        return fn(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        gradients = []
+        for k, x in enumerate(ctx.saved_tensors):
+            gradient = torch.zeros_like(x)
+            for index in np.ndindex(*x.shape):
+                change = []
+                for sign in (1, -1):
+                    moved = [tensor.clone() for tensor in ctx.saved_tensors]
+                    moved[k][index] += sign * 1e-3
+                    change.append(ctx.fn(*moved))
+                gradient[index] = ((change[0] - change[1]) / 2e-3 * cotangent).sum()
+            gradients.append(gradient)
+        return (None, *gradients)
+
+
+def seconds(thunk: Thunk) -> float:
+    """The time of one call."""
+    start = time.perf_counter()
+    thunk()
+    return time.perf_counter() - start
+
+
+def ratio(method: Thunk, bare: Thunk, calls: int, pairs: int) -> tuple[float, float]:
+    """Median seconds of a method, and its median ratio to that many bare calls right before and after it."""
+    times, ratios = [], []
+    for _ in range(pairs):
+        before = sum(seconds(bare) for _ in range(calls))
+        times.append(seconds(method))
+        after = sum(seconds(bare) for _ in range(calls))
+        ratios.append(times[-1] * 2 / (before + after))
+    return statistics.median(times), statistics.median(ratios)
+
+
+def as_text(x: Tensor, w: Tensor) -> Tensor:
+    """The function of the first example, as a string under eval."""
+    w0, w1 = w.tolist()
+    return torch.tensor([eval(f"2 * {a} * {w0} + ({a}) ** 2 * {w1}") for a in x.tolist()])
+
+
+def one_millisecond(x: Tensor, w: Tensor) -> Tensor:
+    """A function that keeps the processor busy for a millisecond."""
+    stop = time.perf_counter() + 1e-3
+    while time.perf_counter() < stop:
+        pass
+    return x * w[0] + x**2 * w[1]
+
+
+def peers(f: Counted, x: Tensor, w: Tensor) -> dict[str, Thunk | str]:
+    """Ways to a gradient of the sum of f with respect to x and w, by name; a text where one is missing."""
+
+    def backward(function: Callable[..., Tensor]) -> Thunk:
+        return lambda: function(x, w).sum().backward()
+
+    def flat(z: Any) -> Any:
+        z = torch.as_tensor(z, dtype=torch.float32)
+        return f(z[: len(x)], z[len(x) :]).numpy()
+
+    point = torch.cat([x, w]).detach().double().numpy()
+    ways: dict[str, Thunk | str] = {
+        "blackbox, forward": backward(blackbox(f, estimator=ForwardDifference())),
+        "blackbox, central": backward(blackbox(f, estimator=CentralDifference())),
+        "blackbox, central, in_dims": backward(blackbox(f, in_dims=(0, None))),
+        "naive Function, central": backward(lambda *inputs: NaiveFunction.apply(f, *inputs)),
+    }
+    for method in ("2-point", "3-point"):
+        ways[f"scipy approx_derivative, {method}"] = installed(
+            "scipy.optimize._numdiff",
+            lambda m, method=method: lambda: m.approx_derivative(flat, point, method=method, rel_step=1e-3),
+        )
+    ways["numdifftools Jacobian"] = installed("numdifftools", lambda m: lambda: m.Jacobian(flat)(point))
+    ways["torchopt antithetic, n=12"] = installed("torchopt.diff.zero_order", lambda m: torchopt_way(m, f, x, w))
+    return ways
+
+
+def torchopt_way(module: Any, f: Counted, x: Tensor, w: Tensor) -> Thunk:
+    """The way of torchopt, which differentiates scalars; both inputs are moved at once."""
+    normal = torch.distributions.Normal(0, 1)
+    decorated = module.zero_order(normal, method="antithetic", argnums=(0, 1), num_samples=12, sigma=1e-2)
+    scalar = decorated(lambda x, w: f(x.detach(), w.detach()).sum())
+    return lambda: scalar(x, w).backward()
+
+
+def installed(name: str, make: Callable[[Any], Thunk]) -> Thunk | str:
+    """What `make` makes of a module, or a text where it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make(importlib.import_module(name))
+    except ImportError:
+        return "not installed"
+
+
+def overhead(title: str, fn: Callable[..., Tensor], pairs: int) -> None:
+    """Table: evaluations, time and time over bare evaluations, for each way."""
+    x, w = torch.linspace(-1, 1.5, 10).requires_grad_(), torch.tensor([1.2, -3.4], requires_grad=True)
+    inputs = x.detach(), w.detach()
+    bare = statistics.median(seconds(lambda: fn(*inputs)) for _ in range(200))
+    print(f"\n{title}: 10 + 2 inputs, {bare * 1e6:.0f} us a call")
+    print(f"  {'':33}{'evaluations':>12}{'ms':>9}{'over bare':>11}")
+    f = Counted(fn)
+    for name, way in peers(f, x, w).items():
+        if isinstance(way, str):
+            print(f"  {name:33}{way:>12}")
+            continue
+        way()
+        f.calls = 0
+        way()
+        calls = f.calls
+        time_taken, over = ratio(way, lambda: fn(*inputs), calls, pairs if calls < 100 else 3)
+        print(f"  {name:33}{calls:>12}{time_taken * 1e3:>9.2f}{over:>11.2f}")
+
+
+def rows_and_weights() -> None:
+    """A numpy function of 256 independent rows of 64 and 64 shared weights."""
+
+    def f(x: Any, w: Any) -> Any:
+        return np.tanh(x * w).sum(1)
+
+    counted = Counted(f)
+    x, w = torch.randn(256, 64).requires_grad_(), torch.randn(64).requires_grad_()
+    wrapped = blackbox(counted, estimator=ForwardDifference(), numpy=True, in_dims=(0, None))
+    wrapped(x, w).sum().backward()
+    first, counted.calls = counted.calls, 0
+    wrapped(x, w).sum().backward()
+    later = counted.calls
+    mine = statistics.median(seconds(lambda: wrapped(x, w).sum().backward()) for _ in range(9))
+
+    counted.calls = 0
+    as_tensors = lambda x, w: torch.from_numpy(counted(x.numpy(), w.numpy()))  # noqa: E731
+    naive = seconds(lambda: NaiveFunction.apply(as_tensors, x, w).sum().backward())
+    print("\nx of 256 rows x 64 and w of 64, numpy")
+    print(f"  blackbox, forward, in_dims: {first} calls the first time, {later} later, {mine * 1e3:.1f} ms")
+    print(
+        f"  naive Function, central:    {counted.calls} calls, {naive * 1e3:.0f} ms, {naive / mine:.0f} times as long"
+    )
+
+
+def stacking() -> None:
+    """Points in one call along the batch axis, against one after the other."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8)).requires_grad_(False)
+    print("\nstacked against serial, D = 64, two layers")
+    for batch in (1, 10, 32, 128, 256, 1024):
+        x = torch.randn(batch, 64, requires_grad=True)
+        serial = blackbox(net, in_dims=0)
+        stacked = blackbox(net, in_dims=0, evaluator=StackedEvaluation())
+        ways: list[Thunk] = [lambda f=f, x=x: f(x).sum().backward() for f in (serial, stacked)]  # type: ignore[misc]
+        for way in ways:
+            way()
+        pairs = [(seconds(ways[0]), seconds(ways[1])) for _ in range(15)]
+        speed = statistics.median(one / other for one, other in pairs)
+        taken = statistics.median(pair[0] for pair in pairs)
+        print(f"  B = {batch:5}: {taken * 1e3:7.1f} ms serial, {speed:5.1f} times as fast stacked")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    overhead("string function", as_text, pairs=41)
+    overhead("1 ms function", one_millisecond, pairs=7)
+    rows_and_weights()
+    stacking()

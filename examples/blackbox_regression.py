@@ -1,0 +1,123 @@
+"""The same regression twice: once through torch, once through a formatted string under ``eval``.
+
+The function is f(x, w) = 2 x w0 + x^2 w1. Written in torch it is differentiated by autograd; written as a string, with
+the weights printed into it, it is a blackbox, and `blackbox` differentiates it by central differences. Everything else
+is the same: the data, the order of the batches, Adam, Ignite's trainer. Both find the same weights, on the same way.
+
+Run: ``python examples/blackbox_regression.py``. It takes seconds, prints the weights and draws
+``output/blackbox_regression.png``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from ignite.engine import Engine, Events, create_supervised_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ignite_tbptt.blackbox import blackbox
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+TRUE_WEIGHTS = (1.2, -3.4)
+POINTS, BATCH, EPOCHS, LEARNING_RATE = 200, 10, 20, 0.1
+SEED = 25  # one of those that are still on their way after 20 epochs, so that there is something to compare
+
+
+def in_torch(x: Tensor, w: Tensor) -> Tensor:
+    """The function, as autograd likes it."""
+    return 2 * x * w[0] + x**2 * w[1]
+
+
+@blackbox
+def as_text(x: Tensor, w: Tensor) -> Tensor:
+    """The function, as a string for each number: no gradient comes through here but by differences."""
+    w0, w1 = w.tolist()
+    return torch.tensor([eval(f"2 * {value} * {w0} + {value} ** 2 * {w1}") for value in x.tolist()])
+
+
+class Regression(nn.Module):
+    """Points (B,) to values (B,), with two weights."""
+
+    def __init__(self, as_string: bool, start: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(start.clone())
+        self.as_string = as_string
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The values of the function."""
+        return as_text(x, self.w) if self.as_string else in_torch(x, self.w)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of one training."""
+
+    weights: list[float]
+    losses: list[float]
+    predicted: Tensor
+    seconds: float
+
+
+def train(as_string: bool, x: Tensor, start: Tensor, validation: Tensor) -> Trained:
+    """Train one of the two, on the same batches as the other."""
+    y = in_torch(x, torch.tensor(TRUE_WEIGHTS))
+    shuffled = torch.Generator().manual_seed(SEED)
+    loader = DataLoader(TensorDataset(x, y), batch_size=BATCH, shuffle=True, generator=shuffled)
+    model = Regression(as_string, start)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    trainer = create_supervised_trainer(model, optimizer, nn.functional.mse_loss)
+    losses: list[float] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def keep_loss(engine: Engine) -> None:
+        losses.append(engine.state.output)
+
+    begun = time.perf_counter()
+    trainer.run(loader, max_epochs=EPOCHS)
+    seconds = time.perf_counter() - begun
+    with torch.no_grad():
+        return Trained(model.w.tolist(), losses, model(validation), seconds)
+
+
+def draw(torch_run: Trained, text_run: Trained, validation: Tensor, path: Path) -> None:
+    """The losses over one another, and what each misses of the true function."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    left.semilogy(torch_run.losses, color="0.6", linewidth=5, label="torch, autograd")
+    left.semilogy(text_run.losses, color="C3", linewidth=1.2, label="string, central differences")
+    left.set(xlabel="iteration", ylabel="mean squared error", title="Training loss")
+    true = in_torch(validation, torch.tensor(TRUE_WEIGHTS))
+    right.plot(validation, torch_run.predicted - true, color="0.6", linewidth=5, label="torch - true")
+    right.plot(validation, text_run.predicted - true, color="C3", linewidth=1.2, label="string - true")
+    apart = float((torch_run.predicted - text_run.predicted).abs().max())
+    right.set(xlabel="x", ylabel="difference", title=f"Validation: the two are at most {apart:.0e} apart")
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Train both, compare, draw."""
+    data = torch.Generator().manual_seed(SEED)
+    x, start = torch.rand(POINTS, generator=data), torch.randn(2, generator=data)
+    validation = torch.linspace(0, 1, 50)
+    runs = {"torch": train(False, x, start, validation), "string": train(True, x, start, validation)}
+    print(f"{'':8}{'w0':>9}{'w1':>9}{'loss':>10}{'seconds':>9}    true weights {TRUE_WEIGHTS}")
+    for name, run in runs.items():
+        print(f"{name:8}{run.weights[0]:9.4f}{run.weights[1]:9.4f}{run.losses[-1]:10.1e}{run.seconds:9.2f}")
+    gradients = len(runs["string"].losses)
+    print(f"{as_text.nfev} evaluations of the string, {as_text.seconds:.2f} s, for {gradients} gradients")
+    path = Path("output/blackbox_regression.png")
+    draw(runs["torch"], runs["string"], validation, path)
+    print(f"drawn: {path}")
+
+
+if __name__ == "__main__":
+    main()
