@@ -8,16 +8,26 @@ from ignite_tbptt.sequence import split_sequence
 from ignite_tbptt.streams import ContiguousStreams
 from ignite_tbptt.trainer import create_supervised_tbptt_trainer, supervised_tbptt_training_step
 from ignite_tbptt.truncation import FixedTruncation, Segment, TruncationPolicy, Window
+from ignite_tbptt.truncation_policies import (
+    AnticipatedReweightedTruncation,
+    FullBackpropagation,
+    RandomTruncation,
+    SlidingTruncation,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnticipatedReweightedTruncation",
     "ContiguousStreams",
     "EpochTimeWise",
     "FixedTruncation",
+    "FullBackpropagation",
+    "RandomTruncation",
     "RunningTimeWise",
     "Segment",
     "SequenceWise",
+    "SlidingTruncation",
     "TbpttProgressBar",
     "Tbptt_Events",
     "TruncationPolicy",

@@ -23,7 +23,14 @@ from ignite_tbptt.optimization import Accumulation, OptimizerStep, as_accumulati
 from ignite_tbptt.ranks import REFUSED
 from ignite_tbptt.resume import DeterministicTimeEngine, TimeEngine, carry_hidden
 from ignite_tbptt.sequence import Cut, SplitBatch, split_sequence
-from ignite_tbptt.truncation import TruncationPolicy, Window, as_policy, check_tbtt_step, plan_windows
+from ignite_tbptt.truncation import (
+    TruncationPolicy,
+    Window,
+    as_policy,
+    check_tbtt_step,
+    plan_windows,
+    warn_if_normalised,
+)
 
 _prepare_batch = prepare_batch  # the arguments of that name hide the function
 
@@ -263,6 +270,7 @@ def supervised_tbptt_training_step(
     )
     warn_if_underflow(amp_mode, scaler, device)
     warn_if_bidirectional(model)
+    warn_if_normalised(tbtt_step, gradient_accumulation_steps, loss_weight)
     return TbpttTrainingStep(
         forward=forward,
         step=OptimizerStep(optimizer, scaler),

@@ -14,12 +14,16 @@ import pytest
 import ignite_tbptt
 
 TIME = [
+    "AnticipatedReweightedTruncation",
     "ContiguousStreams",
     "EpochTimeWise",
     "FixedTruncation",
+    "FullBackpropagation",
+    "RandomTruncation",
     "RunningTimeWise",
     "Segment",
     "SequenceWise",
+    "SlidingTruncation",
     "TbpttProgressBar",
     "Tbptt_Events",
     "TruncationPolicy",

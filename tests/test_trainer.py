@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from ignite_tbptt import (
     FixedTruncation,
+    FullBackpropagation,
+    SlidingTruncation,
     Tbptt_Events,
     create_supervised_tbptt_trainer,
     reset_hidden,
@@ -25,7 +27,6 @@ from tests.helpers import (
     Forecaster,
     PairState,
     RecordState,
-    RerunPrefix,
     WholeInSegments,
     batches,
     hand_written_loop,
@@ -261,7 +262,7 @@ def test_padding_in_whole_sequence_mode_gives_the_mean_over_valid_steps(unit: fl
         model,
         sgd(model),
         masked_mse,
-        WholeInSegments(4),
+        FullBackpropagation(4),
         gradient_accumulation_steps="sequence",
         loss_weight=lambda x, y: unit * int(count_valid(x, y)),
     )
@@ -290,7 +291,7 @@ def test_one_window_of_all_segments_is_full_back_propagation(accumulate: Any) ->
     model, twin = seeded(Forecaster).double(), seeded(Forecaster).double()
     F.mse_loss(twin(x)[0], y).backward()
     trainer = create_supervised_tbptt_trainer(
-        model, sgd(model, 0.0), F.mse_loss, WholeInSegments(4), gradient_accumulation_steps=accumulate
+        model, sgd(model, 0.0), F.mse_loss, FullBackpropagation(4), gradient_accumulation_steps=accumulate
     )
     trainer.run([(x, y)])
     for ours, truth in zip(model.parameters(), twin.parameters(), strict=True):
@@ -329,11 +330,13 @@ def test_carry_scale_multiplies_the_gradient_that_crosses_into_a_segment(scale: 
 
 @pytest.mark.parametrize("stateful", [False, True])
 def test_overlapping_windows_rerun_from_the_state_at_their_start(stateful: bool) -> None:
-    """With frozen parameters the gradient at each step is that of the loss through exactly `prefix` earlier steps."""
+    """With frozen parameters the gradient at each step is that of the loss through exactly three earlier steps."""
     x, y = (t.double() for t in batches(1, steps=7)[0])
     model, twin = seeded(Forecaster).double(), seeded(Forecaster).double()
     gradients: list[list[Tensor]] = []
-    trainer = create_supervised_tbptt_trainer(model, sgd(model, 0.0), F.mse_loss, RerunPrefix(3), stateful=stateful)
+    trainer = create_supervised_tbptt_trainer(
+        model, sgd(model, 0.0), F.mse_loss, SlidingTruncation(1, 4), stateful=stateful
+    )
 
     @trainer.on(Tbptt_Events.BACKWARD_COMPLETED)
     def keep() -> None:
