@@ -21,6 +21,7 @@ from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchan
 from ignite_tbptt.hidden import detach_hidden, scale_gradient, warn_if_bidirectional
 from ignite_tbptt.optimization import Accumulation, OptimizerStep, as_accumulation, checked_loss, zero_through
 from ignite_tbptt.ranks import REFUSED
+from ignite_tbptt.recompute import Recompute
 from ignite_tbptt.resume import DeterministicTimeEngine, TimeEngine, carry_hidden
 from ignite_tbptt.sequence import Cut, SplitBatch, split_sequence
 from ignite_tbptt.truncation import (
@@ -79,6 +80,7 @@ class TbpttTrainingStep:
     output_transform: Callable[[Any, Any, Any, Any], Any]
     split_batch: SplitBatch
     carry: HiddenCarry
+    recompute: Recompute | None = None
 
     def attach(self, engine: Engine) -> None:
         """Give `engine`, whose process function this is, the events, the counters and the carried state."""
@@ -174,7 +176,14 @@ class TbpttTrainingStep:
             loss = self._window_loss(window, losses, counts)
         return x, y, y_pred, loss, counts
 
-    def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
+    def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> Any:
+        if self.recompute is None:
+            return self._predict_and_compare(x, y, hidden, count)
+        y_pred, hidden, loss = self.recompute(self._predict_and_compare, x, y, hidden, count)
+        # A copy: on the CPU the scalar of mse_loss lies in a storage of all elements, which would stay till backward.
+        return y_pred, hidden, None if loss is None else loss.clone()
+
+    def _predict_and_compare(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
         y_pred, hidden = self.forward.predict(x, hidden)
         return y_pred, hidden, checked_loss(self.loss_fn(y_pred, y)) if count else None
 
@@ -244,6 +253,7 @@ def supervised_tbptt_training_step(
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
+    checkpoint_segments: bool = False,
 ) -> TbpttTrainingStep:
     """Make the process function of a TBPTT trainer, for an engine of your own.
 
@@ -281,6 +291,7 @@ def supervised_tbptt_training_step(
         output_transform=output_transform,
         split_batch=split_batch,
         carry=HiddenCarry(stateful, initial_hidden, dim, amp_mode),
+        recompute=Recompute(model, loss_fn) if checkpoint_segments else None,
     )
 
 
@@ -305,6 +316,7 @@ def create_supervised_tbptt_trainer(
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
+    checkpoint_segments: bool = False,
 ) -> TimeEngine:
     """Create a trainer for truncated back-propagation through time.
 
@@ -362,6 +374,9 @@ def create_supervised_tbptt_trainer(
         loss_weight: ``loss_weight(x, y)`` returns how many time steps of a chunk count, in any unit, when there is
             padding; `loss_fn` is expected to be the mean over those. A window with 0 advances the state, its loss is
             not computed and no step is taken.
+        checkpoint_segments: keep of each segment only its inputs and the state it starts from, and run it again for
+            its gradient: the activations of one segment at a time, for one more forward pass. The result is the same,
+            random numbers and buffers included. For windows of many segments, as `FullBackpropagation` has them.
 
     Returns:
         The engine.
@@ -404,6 +419,7 @@ def create_supervised_tbptt_trainer(
         initial_hidden=initial_hidden,
         split_batch=split_batch,
         loss_weight=loss_weight,
+        checkpoint_segments=checkpoint_segments,
     )
     settings = {
         "tbtt_step": tbtt_step if isinstance(tbtt_step, int) else repr(tbtt_step),
