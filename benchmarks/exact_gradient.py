@@ -5,7 +5,11 @@ Peak tensor memory (beyond data, parameters and gradients) and time of one batch
 process and interleaved; the error is that of the gradient against the one written by hand. The goal for segments of 50
 steps is a thirtieth of full back-propagation's memory at no more than 1.35 of its time.
 
-    python benchmarks/exact_gradient.py
+An LSTM is one fused operation on the CPU. A GRU is many small ones, each of whose saved tensors passes through a Python
+hook of torch.utils.checkpoint: there time goes up by more than the second forward.
+
+    python benchmarks/exact_gradient.py              # half a minute
+    python benchmarks/exact_gradient.py --cell gru   # some minutes, most of them in the profiler
 """
 
 from __future__ import annotations
@@ -41,10 +45,10 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 class Candidate:
     """A model with its own parameters and a function that puts the gradient of a batch into them."""
 
-    def __init__(self, name: str, hidden: int) -> None:
+    def __init__(self, name: str, cell: str, hidden: int) -> None:
         torch.manual_seed(0)
         self.name = name
-        self.model = nn.GRU(FEATURES, hidden)
+        self.model = {"lstm": nn.LSTM, "gru": nn.GRU}[cell](FEATURES, hidden)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
         self.run: Callable[[], Any]
         self.times: list[float] = []
@@ -79,18 +83,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--cell", choices=("lstm", "gru"), default="lstm")
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
     x = torch.randn(given.steps, given.rows, FEATURES)
     y = torch.randn(given.steps, given.rows, given.hidden)
+    sizes = given.cell, given.hidden
     candidates = [
-        Candidate("full BPTT by hand", given.hidden).by_hand(x, y),
-        Candidate("FullBackpropagation(50), recomputed", given.hidden).by_trainer(x, y, FullBackpropagation(50), True),
-        Candidate("FullBackpropagation(200), recomputed", given.hidden).by_trainer(
-            x, y, FullBackpropagation(200), True
-        ),
-        Candidate("FullBackpropagation(50)", given.hidden).by_trainer(x, y, FullBackpropagation(50), False),
-        Candidate("FixedTruncation(50)", given.hidden).by_trainer(x, y, FixedTruncation(50), False),
+        Candidate("full BPTT by hand", *sizes).by_hand(x, y),
+        Candidate("FullBackpropagation(50), recomputed", *sizes).by_trainer(x, y, FullBackpropagation(50), True),
+        Candidate("FullBackpropagation(200), recomputed", *sizes).by_trainer(x, y, FullBackpropagation(200), True),
+        Candidate("FullBackpropagation(50)", *sizes).by_trainer(x, y, FullBackpropagation(50), False),
+        Candidate("FixedTruncation(50)", *sizes).by_trainer(x, y, FixedTruncation(50), False),
     ]
     for candidate in candidates:
         candidate.run()  # gradients and whatever is made once
@@ -99,7 +103,7 @@ def main() -> None:
             start = time.perf_counter()
             candidate.run()
             candidate.times.append(time.perf_counter() - start)
-    print(f"GRU, T={given.steps}, B={given.rows}, H={given.hidden}, {torch.get_num_threads()} threads")
+    print(f"{given.cell.upper()}, T={given.steps}, B={given.rows}, H={given.hidden}, {torch.get_num_threads()} threads")
     print(f"{'':38}{'MiB':>8}{'of full':>9}{'seconds':>9}{'of full':>9}{'gradient error':>16}")
     full, full_bytes = candidates[0], peak_bytes(candidates[0].run)
     for candidate in candidates:
