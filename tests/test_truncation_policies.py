@@ -265,6 +265,58 @@ def test_a_loss_over_valid_steps_is_warned_about_where_each_window_is_divided_by
     make()
 
 
+# Influence balancing: the short-term effect of theta on the loss has the wrong sign.
+
+
+class InfluenceBalancing(nn.Module):
+    """s <- A s + theta v with A = I/2 + superdiagonal/2, v = +1 ten times, then -1; the best theta is -1/6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        half = torch.full((22,), 0.5, dtype=torch.float64)
+        self.transition = torch.eye(23, dtype=torch.float64) / 2 + torch.diag(half, 1)
+        self.push = torch.tensor([1.0] * 10 + [-1.0] * 13, dtype=torch.float64)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state = torch.ones(23, dtype=torch.float64) if state is None else state
+        drive, first = self.theta * self.push, []
+        for _ in x:
+            state = torch.addmv(drive, self.transition, state)
+            first.append(state[0])
+        return torch.stack(first), state
+
+
+def balanced(policy: TruncationPolicy, rate: float, steps: int, **kwargs: Any) -> float:
+    model = InfluenceBalancing()
+    trainer = create_supervised_tbptt_trainer(
+        model, sgd(model, rate), lambda y_pred, y: (y_pred - y).square().mean() / 2, policy, stateful=True, **kwargs
+    )
+
+    @trainer.on(Tbptt_Events.OPTIMIZER_STEP_COMPLETED)
+    def stop() -> None:
+        if abs(model.theta.item()) > 1e6:
+            trainer.terminate()
+
+    trainer.run([(torch.zeros(steps, dtype=torch.float64), torch.ones(steps, dtype=torch.float64))])
+    return model.theta.item()
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_short_chunks_push_the_parameter_the_wrong_way(steps: int) -> None:
+    assert balanced(FixedTruncation(steps), 1e-2, 12_000) > 1e6
+
+
+def test_chunks_beyond_the_delay_find_the_parameter() -> None:
+    assert balanced(FixedTruncation(150), 1e-2, 20_000) == pytest.approx(-1 / 6, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reweighted_windows_shorter_than_the_delay_find_the_parameter(seed: int) -> None:
+    policy = AnticipatedReweightedTruncation(1, alpha=6, mean=16, seed=seed)
+    assert balanced(policy, 16 * 3e-5, 5_000) == pytest.approx(-1 / 6, abs=1e-2)
+
+
 # None
 
 
