@@ -2,6 +2,8 @@
 
 from ignite_tbptt.evaluator import create_supervised_tbptt_evaluator
 from ignite_tbptt.events import EpochTimeWise, RunningTimeWise, SequenceWise, Tbptt_Events
+from ignite_tbptt.gradient_decay import GradientDecay
+from ignite_tbptt.gradient_horizon import AdaptiveTruncation, GradientHorizon
 from ignite_tbptt.handlers import TbpttProgressBar
 from ignite_tbptt.hidden import detach_hidden, reset_hidden
 from ignite_tbptt.sequence import split_sequence
@@ -18,11 +20,14 @@ from ignite_tbptt.truncation_policies import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveTruncation",
     "AnticipatedReweightedTruncation",
     "ContiguousStreams",
     "EpochTimeWise",
     "FixedTruncation",
     "FullBackpropagation",
+    "GradientDecay",
+    "GradientHorizon",
     "RandomTruncation",
     "RunningTimeWise",
     "Segment",

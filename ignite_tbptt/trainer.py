@@ -86,6 +86,7 @@ class TbpttTrainingStep:
         """Give `engine`, whose process function this is, the events, the counters and the carried state."""
         register_time_events(engine, *Tbptt_Events)
         engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
+        engine.tbptt_training_step = self  # type: ignore[attr-defined]  # for handlers that run the model as it does
         carry_hidden(engine, self.carry.stateful)
         engine.add_event_handler(Events.STARTED, _require_one_epoch_length)
 

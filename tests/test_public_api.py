@@ -14,11 +14,14 @@ import pytest
 import ignite_tbptt
 
 TIME = [
+    "AdaptiveTruncation",
     "AnticipatedReweightedTruncation",
     "ContiguousStreams",
     "EpochTimeWise",
     "FixedTruncation",
     "FullBackpropagation",
+    "GradientDecay",
+    "GradientHorizon",
     "RandomTruncation",
     "RunningTimeWise",
     "Segment",

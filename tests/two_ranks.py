@@ -10,7 +10,13 @@ import ignite.distributed as idist
 import torch
 from torch.nn import functional as F
 
-from ignite_tbptt import ContiguousStreams, create_supervised_tbptt_trainer
+from ignite_tbptt import (
+    AdaptiveTruncation,
+    ContiguousStreams,
+    FullBackpropagation,
+    GradientHorizon,
+    create_supervised_tbptt_trainer,
+)
 from tests.helpers import Forecaster, batches, seeded, sgd
 
 
@@ -41,7 +47,8 @@ def main(rank: int, case: str, folder: str) -> None:
         data = ContiguousStreams(source, rows=2, steps=7)
         arguments["stateful"] = True
     else:
-        data = [tuple(part.double() for part in batch) for batch in batches(3, steps=10)]
+        seed = rank if case == "horizon" else 0
+        data = [tuple(part.double() for part in batch) for batch in batches(3, steps=10, seed=seed)]
     if case == "padding":
         arguments |= {
             "loss_fn": masked_mse,
@@ -54,13 +61,26 @@ def main(rank: int, case: str, folder: str) -> None:
         data = [tuple(part[:0] for part in batch) for batch in data]
     if case == "batches" and rank == 1:
         data = data[:2]
+    if case == "recomputed":
+        arguments |= {"tbtt_step": FullBackpropagation(4), "checkpoint_segments": True}
     trainer = create_supervised_tbptt_trainer(parallel, sgd(model), **arguments)
+    if case == "horizon":
+        horizon = GradientHorizon(10, samples=4, tolerance=0.01)
+        horizon.attach(trainer)
+        AdaptiveTruncation(horizon, 0.01, 1, 10).attach(trainer)
     try:
         trainer.run(data, max_epochs=2)
     except ValueError as error:
         (Path(folder) / f"{case}_{rank}.txt").write_text(str(error))
     else:
-        torch.save(model.state_dict(), Path(folder) / f"{case}_{rank}.pt")
+        saved: dict[str, Any] = model.state_dict()
+        if case == "horizon":
+            saved = {
+                **saved,
+                "phi": torch.tensor(horizon.decay.phi),
+                "tbtt_step": torch.tensor(trainer.state.tbtt_step),
+            }
+        torch.save(saved, Path(folder) / f"{case}_{rank}.pt")
     idist.barrier()
 
 
