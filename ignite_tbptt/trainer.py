@@ -349,7 +349,8 @@ def create_supervised_tbptt_trainer(
             ``(y_pred, hidden)``. The hidden state is any nest of tensors, None inside included.
         optimizer: steps once for every window, or as `gradient_accumulation_steps` says.
         loss_fn: ``loss_fn(y_pred, y)`` returns a scalar, the mean over the chunk.
-        tbtt_step: time steps of a chunk (the last may be shorter), or a truncation policy.
+        tbtt_step: time steps of a chunk (the last may be shorter), or a truncation policy. For chunks that grow attach
+            ``PiecewiseLinearStateScheduler([(1, 10), (1000, 100)], "tbtt_step")`` of Ignite at ITERATION_STARTED.
         dim: time axis of the tensors in a batch; may be negative.
         device: where chunks are moved to, one by one; the model is not moved. None leaves them where they are.
         non_blocking: move chunks asynchronously where the host memory is pinned.
