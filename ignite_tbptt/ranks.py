@@ -33,10 +33,18 @@ def gather(number: float) -> list[float]:
     return [float(value) for value in numbers]
 
 
-def mean(number: float) -> float:
+def mean_number(number: float) -> float:
     """Return the mean of a number over the ranks."""
     numbers = gather(number)
     return sum(numbers) / len(numbers)
+
+
+def mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a tensor over the ranks."""
+    if count() == 1:
+        return tensor
+    total: Any = idist.all_reduce(tensor.to(idist.device()))  # a sum
+    return torch.as_tensor(total).to(tensor.device) / count()
 
 
 def require_same(what: str, number: int) -> None:

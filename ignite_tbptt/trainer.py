@@ -22,9 +22,17 @@ from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchan
 from ignite_tbptt.hidden import detach_hidden, scale_gradient, warn_if_bidirectional
 from ignite_tbptt.optimization import Accumulation, OptimizerStep, as_accumulation, checked_loss, zero_through
 from ignite_tbptt.ranks import REFUSED
+from ignite_tbptt.recompute import Recompute
 from ignite_tbptt.resume import DeterministicTimeEngine, TimeEngine, carry_hidden, settled
 from ignite_tbptt.sequence import Cut, SplitBatch, split_sequence
-from ignite_tbptt.truncation import TruncationPolicy, Window, as_policy, check_tbtt_step, plan_windows
+from ignite_tbptt.truncation import (
+    TruncationPolicy,
+    Window,
+    as_policy,
+    check_tbtt_step,
+    plan_windows,
+    warn_if_normalised,
+)
 
 _prepare_batch = prepare_batch  # the arguments of that name hide the function
 
@@ -66,6 +74,7 @@ class TbpttTrainingStep:
     output_transform: Callable[[Any, Any, Any, Any], Any]
     split_batch: SplitBatch
     carry: HiddenCarry
+    recompute: Recompute | None = None
 
     def attach(self, engine: Engine) -> None:
         """Give `engine`, whose process function this is, the events, the counters and the carried state."""
@@ -78,6 +87,7 @@ class TbpttTrainingStep:
             )
         register_time_events(engine, *Tbptt_Events)
         engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
+        engine.tbptt_training_step = self  # type: ignore[attr-defined]  # for handlers that run the model as it does
         carry_hidden(engine, self.carry.stateful)
         engine.add_event_handler(Events.STARTED, _require_one_epoch_length)
 
@@ -138,7 +148,7 @@ class TbpttTrainingStep:
             state.counted_steps = steps
             part = self.accumulation.share(steps)
             # Which steps count is known to each rank alone, yet all must take part in the same backward passes.
-            joint = part if self.loss_weight is None else ranks.mean(part)
+            joint = part if self.loss_weight is None else ranks.mean_number(part)
             if part:
                 self.step.backward(objective if part == expected else objective * (part / expected))
             elif joint:
@@ -190,7 +200,14 @@ class TbpttTrainingStep:
         mean = _weighted_sum([count / steps for count in counts], losses)
         return x, y, y_pred, mean, _weighted_sum(self.accumulation.coefficients(window, counts), losses), steps
 
-    def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
+    def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> Any:
+        if self.recompute is None:
+            return self._predict_and_compare(x, y, hidden, count)
+        y_pred, hidden, loss = self.recompute(self._predict_and_compare, x, y, hidden, count)
+        # A copy: on the CPU the scalar of mse_loss lies in a storage of all elements, which would stay till backward.
+        return y_pred, hidden, None if loss is None else loss.clone()
+
+    def _predict_and_compare(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
         y_pred, hidden = self.forward.predict(x, hidden)
         return y_pred, hidden, checked_loss(self.loss_fn(y_pred, y)) if count else None
 
@@ -264,6 +281,7 @@ def supervised_tbptt_training_step(
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
+    checkpoint_segments: bool = False,
 ) -> TbpttTrainingStep:
     """Make the process function of a TBPTT trainer, for an engine of your own.
 
@@ -292,6 +310,7 @@ def supervised_tbptt_training_step(
     )
     warn_if_underflow(amp_mode, scaler, device, model)
     warn_if_bidirectional(model)
+    warn_if_normalised(tbtt_step, gradient_accumulation_steps, loss_weight)
     return TbpttTrainingStep(
         forward=forward,
         step=OptimizerStep(optimizer, scaler),
@@ -302,6 +321,7 @@ def supervised_tbptt_training_step(
         output_transform=output_transform,
         split_batch=split_batch,
         carry=HiddenCarry(stateful, initial_hidden, dim, amp_mode),
+        recompute=Recompute(model, loss_fn) if checkpoint_segments else None,
     )
 
 
@@ -326,6 +346,7 @@ def create_supervised_tbptt_trainer(
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
+    checkpoint_segments: bool = False,
 ) -> TimeEngine:
     """Create a trainer for truncated back-propagation through time.
 
@@ -357,7 +378,8 @@ def create_supervised_tbptt_trainer(
             ``(y_pred, hidden)``. The hidden state is any nest of tensors, None inside included.
         optimizer: steps once for every window, or as `gradient_accumulation_steps` says.
         loss_fn: ``loss_fn(y_pred, y)`` returns a scalar, the mean over the chunk.
-        tbtt_step: time steps of a chunk (the last may be shorter), or a truncation policy.
+        tbtt_step: time steps of a chunk (the last may be shorter), or a truncation policy. For chunks that grow attach
+            ``PiecewiseLinearStateScheduler([(1, 10), (1000, 100)], "tbtt_step")`` of Ignite at ITERATION_STARTED.
         dim: time axis of the tensors in a batch; may be negative.
         device: where chunks are moved to, one by one; the model is not moved. None leaves them where they are.
         non_blocking: move chunks asynchronously where the host memory is pinned.
@@ -383,6 +405,9 @@ def create_supervised_tbptt_trainer(
         loss_weight: ``loss_weight(x, y)`` returns how many time steps of a chunk count, in any unit, when there is
             padding; `loss_fn` is expected to be the mean over those. A window with 0 advances the state, its loss is
             not computed and no step is taken.
+        checkpoint_segments: keep of each segment only its inputs and the state it starts from, and run it again for
+            its gradient: the activations of one segment at a time, for one more forward pass. The result is the same,
+            random numbers and buffers included. For windows of many segments, as `FullBackpropagation` has them.
 
     Returns:
         The engine.
@@ -425,6 +450,7 @@ def create_supervised_tbptt_trainer(
         initial_hidden=initial_hidden,
         split_batch=split_batch,
         loss_weight=loss_weight,
+        checkpoint_segments=checkpoint_segments,
     )
     settings = {
         "tbtt_step": settled(tbtt_step),

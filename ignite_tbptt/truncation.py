@@ -8,6 +8,7 @@ pairs with the trainer and the evaluator, and none of them knows which one it ru
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -43,7 +44,8 @@ class TruncationPolicy(Protocol):
     """Lays out the windows of a sequence.
 
     A policy is best a frozen dataclass: its ``repr`` says in a checkpoint which one was used. A random policy may have
-    an integer attribute ``seed`` and draws from `generator` alone.
+    an integer attribute ``seed`` and draws from `generator` alone; one that is unbiased only where losses are added up
+    says so by an attribute ``sums_losses = True``.
     """
 
     def windows(self, length: int, generator: torch.Generator) -> Iterator[Window]:
@@ -82,15 +84,25 @@ class FixedTruncation:
     steps: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral):
-            raise TypeError(f"steps must be a whole number of time steps, got {self.steps!r}.")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}: a window has to hold a time step.")
+        require_steps("steps", self.steps)
 
     def windows(self, length: int, generator: torch.Generator) -> Iterator[Window]:
         """Yield [0, steps), [steps, 2 steps), ... up to `length`; see `TruncationPolicy.windows`."""
         for start in range(0, length, self.steps):
             yield (Segment(start, min(start + self.steps, length)),)
+
+
+def require_steps(name: str, value: Any) -> None:
+    """Refuse what is no number of time steps, as the argument `name` of a policy.
+
+    Raises:
+        TypeError: `value` is not an integer.
+        ValueError: `value` is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number of time steps, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}: a window has to hold a time step.")
 
 
 def check_tbtt_step(tbtt_step: Any) -> None:
@@ -150,6 +162,19 @@ def plan_windows(policy: TruncationPolicy, length: int, iteration: int) -> list[
     windows = list(policy.windows(length, generator))
     _check_cover(policy, windows, length)
     return windows
+
+
+def warn_if_normalised(policy: Any, gradient_accumulation_steps: Any, loss_weight: Any) -> None:
+    """Warn where a policy that needs losses added up would have them divided by what counts in each window."""
+    if getattr(policy, "sums_losses", False) and loss_weight is not None and gradient_accumulation_steps != "sequence":
+        warnings.warn(
+            f"loss_weight with tbtt_step={policy!r} and gradient_accumulation_steps={gradient_accumulation_steps!r}: "
+            "the loss of a window is divided by the steps that count in it, and these depend on where the cuts fall, "
+            "so the gradient is biased again. gradient_accumulation_steps='sequence' divides by those of the whole "
+            "sequence.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def loss_coefficients(window: Window, counts: Sequence[float]) -> list[float]:

@@ -11,9 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ignite_tbptt import FixedTruncation, Segment, TruncationPolicy, Window
+from ignite_tbptt import (
+    AnticipatedReweightedTruncation,
+    FixedTruncation,
+    FullBackpropagation,
+    RandomTruncation,
+    Segment,
+    SlidingTruncation,
+    TruncationPolicy,
+    Window,
+)
 
-POLICIES: list[TruncationPolicy] = [FixedTruncation(1), FixedTruncation(4), FixedTruncation(100)]
+POLICIES: list[TruncationPolicy] = [
+    FixedTruncation(1),
+    FixedTruncation(4),
+    FixedTruncation(100),
+    SlidingTruncation(1, 4),
+    SlidingTruncation(4, 4),
+    SlidingTruncation(5, 7),
+    RandomTruncation(12, std=3.0, halve_probability=0.2, minimum=2),
+    AnticipatedReweightedTruncation(1, alpha=4, mean=8),
+    AnticipatedReweightedTruncation(3, alpha=6, mean=10.5),
+    FullBackpropagation(4),
+]
 """Every truncation policy, for the suite that holds for all of them: a new policy adds a line here."""
 
 
@@ -59,22 +79,6 @@ class CustomCell(nn.Module):
             h = torch.tanh(self.inner(torch.cat([x_t, h], dim=-1)))
             outputs.append(self.head(h))
         return torch.stack(outputs), self.wrap(h)
-
-
-@dataclass(frozen=True)
-class RerunPrefix:
-    """Windows of two segments that overlap: a prefix that only brings the state forward, and one new step with a loss.
-
-    It stands for every policy whose windows start before the last one ended.
-    """
-
-    prefix: int
-
-    def windows(self, length: int, generator: torch.Generator) -> Iterator[Window]:
-        for step in range(length):
-            start = max(0, step - self.prefix)
-            before = (Segment(start, step, loss_weight=0.0),) if start < step else ()
-            yield (*before, Segment(step, step + 1))
 
 
 @dataclass(frozen=True)

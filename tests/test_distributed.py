@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ignite_tbptt import ContiguousStreams, create_supervised_tbptt_trainer
-from tests.helpers import Forecaster, seeded, sgd
+from ignite_tbptt import ContiguousStreams, FullBackpropagation, create_supervised_tbptt_trainer
+from tests.helpers import Forecaster, batches, seeded, sgd
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 
@@ -64,6 +64,27 @@ def test_padding_on_one_rank_alone_is_the_mean_over_all_that_counts(tmp_path: Pa
         ours = torch.load(tmp_path / f"padding_{rank}.pt", weights_only=True)
         for name, value in expected.items():
             assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-13)
+
+
+def test_segments_are_recomputed_under_ddp(tmp_path: Path) -> None:
+    """Both ranks have the same batches, so together they are one process without recomputation."""
+    result = launch("recomputed", tmp_path)
+    assert result.returncode == 0, result.stderr
+    model = seeded(Forecaster).double()
+    trainer = create_supervised_tbptt_trainer(model, sgd(model), F.mse_loss, FullBackpropagation(4))
+    trainer.run([tuple(part.double() for part in batch) for batch in batches(3, steps=10)], max_epochs=2)
+    for rank in range(2):
+        ours = torch.load(tmp_path / f"recomputed_{rank}.pt", weights_only=True)
+        for name, value in model.state_dict().items():
+            assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-13)
+
+
+def test_ranks_agree_on_the_horizon_of_their_different_data(tmp_path: Path) -> None:
+    result = launch("horizon", tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"horizon_{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["tbtt_step"] != 4  # adapted
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,19 @@ import pytest
 import ignite_tbptt
 
 TIME = [
+    "AdaptiveTruncation",
+    "AnticipatedReweightedTruncation",
     "ContiguousStreams",
     "EpochTimeWise",
     "FixedTruncation",
+    "FullBackpropagation",
+    "GradientDecay",
+    "GradientHorizon",
+    "RandomTruncation",
     "RunningTimeWise",
     "Segment",
     "SequenceWise",
+    "SlidingTruncation",
     "TbpttProgressBar",
     "Tbptt_Events",
     "TruncationPolicy",

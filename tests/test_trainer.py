@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from ignite_tbptt import (
     EpochTimeWise,
     FixedTruncation,
+    FullBackpropagation,
     RunningTimeWise,
     SequenceWise,
+    SlidingTruncation,
     Tbptt_Events,
     create_supervised_tbptt_trainer,
     reset_hidden,
@@ -29,7 +31,6 @@ from tests.helpers import (
     Forecaster,
     PairState,
     RecordState,
-    RerunPrefix,
     WholeInSegments,
     batches,
     hand_written_loop,
@@ -265,7 +266,7 @@ def test_padding_in_whole_sequence_mode_gives_the_mean_over_valid_steps(unit: fl
         model,
         sgd(model),
         masked_mse,
-        WholeInSegments(4),
+        FullBackpropagation(4),
         gradient_accumulation_steps="sequence",
         loss_weight=lambda x, y: unit * int(count_valid(x, y)),
     )
@@ -294,7 +295,7 @@ def test_one_window_of_all_segments_is_full_back_propagation(accumulate: Any) ->
     model, twin = seeded(Forecaster).double(), seeded(Forecaster).double()
     F.mse_loss(twin(x)[0], y).backward()
     trainer = create_supervised_tbptt_trainer(
-        model, sgd(model, 0.0), F.mse_loss, WholeInSegments(4), gradient_accumulation_steps=accumulate
+        model, sgd(model, 0.0), F.mse_loss, FullBackpropagation(4), gradient_accumulation_steps=accumulate
     )
     trainer.run([(x, y)])
     for ours, truth in zip(model.parameters(), twin.parameters(), strict=True):
@@ -333,11 +334,13 @@ def test_carry_scale_multiplies_the_gradient_that_crosses_into_a_segment(scale: 
 
 @pytest.mark.parametrize("stateful", [False, True])
 def test_overlapping_windows_rerun_from_the_state_at_their_start(stateful: bool) -> None:
-    """With frozen parameters the gradient at each step is that of the loss through exactly `prefix` earlier steps."""
+    """With frozen parameters the gradient at each step is that of the loss through exactly three earlier steps."""
     x, y = (t.double() for t in batches(1, steps=7)[0])
     model, twin = seeded(Forecaster).double(), seeded(Forecaster).double()
     gradients: list[list[Tensor]] = []
-    trainer = create_supervised_tbptt_trainer(model, sgd(model, 0.0), F.mse_loss, RerunPrefix(3), stateful=stateful)
+    trainer = create_supervised_tbptt_trainer(
+        model, sgd(model, 0.0), F.mse_loss, SlidingTruncation(1, 4), stateful=stateful
+    )
 
     @trainer.on(Tbptt_Events.BACKWARD_COMPLETED)
     def keep() -> None:
@@ -505,7 +508,7 @@ def test_a_callable_of_the_users_may_change_the_mode() -> None:
     assert modes == [True] * 3
 
 
-@pytest.mark.parametrize("policy", [FixedTruncation(4), WholeInSegments(4), RerunPrefix(2)])
+@pytest.mark.parametrize("policy", [FixedTruncation(4), WholeInSegments(4), SlidingTruncation(1, 3)])
 def test_the_reported_loss_is_the_mean_over_the_steps_whatever_their_weights(policy: Any) -> None:
     model = seeded(Forecaster)
     constant = lambda y_pred, y: y_pred.mean() * 0 + 1.5  # noqa: E731

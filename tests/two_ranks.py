@@ -11,7 +11,14 @@ import torch
 from ignite.handlers import TerminateOnNan
 from torch.nn import functional as F
 
-from ignite_tbptt import ContiguousStreams, Tbptt_Events, create_supervised_tbptt_trainer
+from ignite_tbptt import (
+    AdaptiveTruncation,
+    ContiguousStreams,
+    FullBackpropagation,
+    GradientHorizon,
+    Tbptt_Events,
+    create_supervised_tbptt_trainer,
+)
 from tests.helpers import Forecaster, batches, seeded, sgd
 
 
@@ -42,7 +49,8 @@ def main(rank: int, case: str, folder: str) -> None:
         data = ContiguousStreams(source, rows=2, steps=7)
         arguments["stateful"] = True
     else:
-        data = [tuple(part.double() for part in batch) for batch in batches(3, steps=10)]
+        seed = rank if case == "horizon" else 0
+        data = [tuple(part.double() for part in batch) for batch in batches(3, steps=10, seed=seed)]
     if case == "padding":
         arguments |= {
             "loss_fn": masked_mse,
@@ -57,15 +65,28 @@ def main(rank: int, case: str, folder: str) -> None:
         data = data[:2]
     if case == "nan" and rank == 0:
         data[1][1][5] = float("nan")
+    if case == "recomputed":
+        arguments |= {"tbtt_step": FullBackpropagation(4), "checkpoint_segments": True}
     trainer = create_supervised_tbptt_trainer(parallel, sgd(model), **arguments)
     trainer.add_event_handler(Tbptt_Events.BACKWARD_COMPLETED, TerminateOnNan())
+    if case == "horizon":
+        horizon = GradientHorizon(10, samples=4, tolerance=0.01)
+        horizon.attach(trainer)
+        AdaptiveTruncation(horizon, 0.01, 1, 10).attach(trainer)
     try:
         trainer.run(data, max_epochs=2)
     except ValueError as error:
         (Path(folder) / f"{case}_{rank}.txt").write_text(str(error))
     else:
         assert trainer.state.time_iteration == trainer.state.optimizer_step or case in ("nan", "padding")
-        torch.save(model.state_dict(), Path(folder) / f"{case}_{rank}.pt")
+        saved: dict[str, Any] = model.state_dict()
+        if case == "horizon":
+            saved = {
+                **saved,
+                "phi": torch.tensor(horizon.decay.phi),
+                "tbtt_step": torch.tensor(trainer.state.tbtt_step),
+            }
+        torch.save(saved, Path(folder) / f"{case}_{rank}.pt")
     idist.barrier()
 
 

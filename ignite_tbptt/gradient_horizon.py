@@ -1,0 +1,328 @@
+"""How far gradients reach back in the model in training, measured beside it, and chunks as long as that.
+
+`GradientHorizon` measures and reports, `AdaptiveTruncation` acts on what it reports; the arithmetic between the two is
+`GradientDecay`. A measurement leaves no trace: parameters, their gradients, buffers, random numbers and the carried
+state are what they were, so a run with it ends in the same weights as one without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from ignite_tbptt import nest, ranks
+from ignite_tbptt.carry import device_of
+from ignite_tbptt.gradient_decay import GradientDecay, require_tolerance
+from ignite_tbptt.hidden import detach_hidden, move_hidden, restore_precision
+from ignite_tbptt.optimization import checked_loss
+from ignite_tbptt.recompute import buffers_of, buffers_set_to
+from ignite_tbptt.truncation import TruncationPolicy, require_steps
+
+
+class GradientHorizon:
+    """Measures how the gradient of the loss decays on its way back in time, and which `tbtt_step` that asks for.
+
+    Example:
+        ::
+
+            horizon = GradientHorizon(window=100, tolerance=0.5)
+            horizon.attach(trainer, Events.ITERATION_STARTED(every=500))
+            trainer.run(data)
+            print(horizon.decay.rate, horizon.recommended)
+            horizon.plot().savefig("horizon.png")
+
+    At the event the model is run for `window` single steps from the start of the batch in hand, in training mode and
+    full precision, and phi_k = ||dL_s/dh_{s-k}|| is taken for each of the last `samples` steps s and every lag k up to
+    window - samples: their mean, and its standard error over s. `engine.state.gradient_decay_rate` and
+    `engine.state.gradient_horizon` (infinity where gradients do not decay) are there for loggers, as
+    ``OutputHandler("horizon", state_attributes=["gradient_decay_rate", "gradient_horizon"])``. It costs about
+    `samples` times the backward of `window` steps, and their memory. `prepare_batch` and hooks of the model are called
+    for its steps as well. Ranks take the mean of what they measure, so that they get the same recommendation.
+
+    Args:
+        window: time steps W that are run; a batch must have as many.
+        samples: how many losses, at the last steps of the window, are followed back.
+        tolerance: the relative bias that `recommended` is for.
+        fit_from: lag from which the decay rate is fitted; None for the second half of the lags.
+
+    Raises:
+        TypeError: `window` or `samples` is not an integer.
+        ValueError: `window` is not above `samples` by two at least, or `tolerance` is not positive. When measuring: the
+            batch is shorter than the window, the model carries no state that a gradient goes through, or no step
+            that is sampled has a loss.
+
+    Source: Aicher, Foti and Fox, Adaptively Truncating Backpropagation Through Time to Control Gradient Bias, UAI 2019,
+    arXiv:1905.07473.
+    """
+
+    def __init__(self, window: int, samples: int = 8, tolerance: float = 0.5, fit_from: int | None = None) -> None:
+        require_steps("window", window)
+        require_steps("samples", samples)
+        require_tolerance(tolerance)
+        if window < samples + 2:
+            raise ValueError(
+                f"window must be at least samples + 2, got window={window} and samples={samples}: gradients are "
+                f"followed back over window - samples steps. Give a longer window or fewer samples."
+            )
+        self.window, self.samples, self.tolerance, self.fit_from = window, samples, tolerance, fit_from
+        self.engine: Engine | None = None
+        self._decay: GradientDecay | None = None
+        self._listeners: list[Callable[[Engine], None]] = []
+
+    @property
+    def decay(self) -> GradientDecay:
+        """The last measurement.
+
+        Raises:
+            RuntimeError: nothing has been measured yet.
+        """
+        if self._decay is None:
+            raise RuntimeError(
+                "nothing has been measured yet: attach the horizon to a trainer and run it, or call measure(engine) "
+                "in a handler."
+            )
+        return self._decay
+
+    @property
+    def recommended(self) -> int | None:
+        """Least `tbtt_step` whose relative bias is below `tolerance`; None where gradients do not decay."""
+        return self.decay.recommended(self.tolerance)
+
+    def attach(self, engine: Engine, event: Any = Events.ITERATION_STARTED) -> None:
+        """Measure at `event`, on the batch in hand.
+
+        Args:
+            engine: a trainer of this package.
+            event: best a filtered `Events.ITERATION_STARTED`, where a stateful trainer still has the state that the
+                batch starts from.
+
+        Raises:
+            ValueError: the engine is no such trainer, or the horizon has been attached before.
+        """
+        _training_step(engine)
+        if self.engine is not None:
+            raise ValueError(
+                "the horizon is attached already: make another GradientHorizon for another event or engine."
+            )
+        self.engine = engine
+        engine.state.gradient_decay_rate = engine.state.gradient_horizon = math.nan  # type: ignore[attr-defined]
+        engine.add_event_handler(event, self._measure_and_tell)
+
+    def on_measured(self, listener: Callable[[Engine], None]) -> None:
+        """Call `listener(engine)` after every measurement at the event."""
+        self._listeners.append(listener)
+
+    def _measure_and_tell(self, engine: Engine) -> None:
+        self.measure(engine)
+        state: Any = engine.state
+        state.gradient_decay_rate = self.decay.rate
+        state.gradient_horizon = math.inf if self.recommended is None else self.recommended
+        for listener in self._listeners:
+            listener(engine)
+
+    def measure(self, engine: Engine) -> GradientDecay:
+        """Measure on the batch in hand, keep the result as `decay` and return it."""
+        step = _training_step(engine)
+        with _no_trace(step.forward.model, step.loss_fn), torch.enable_grad():
+            states, losses = self._run(step, engine.state)
+            norms = torch.stack([self._norms(loss, states[:time]) for time, loss in losses])
+        error = norms.std(0) / math.sqrt(len(norms)) if len(norms) > 1 else torch.full_like(norms[0], math.nan)
+        phi, variance = ranks.mean(norms.mean(0)), ranks.mean(error.square()) / ranks.count()
+        deviation = None if variance.isnan().any() else variance.sqrt().tolist()
+        self._decay = GradientDecay(phi.tolist(), deviation, self.fit_from)
+        return self._decay
+
+    def _run(self, step: Any, state: Any) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
+        """Run the window step by step; return the state behind each step and the sampled losses with their times."""
+        length, cut = step.split_batch(state.batch, step.carry.dim)
+        if length < self.window:
+            raise ValueError(
+                f"the window of {self.window} steps is longer than the batch, which has {length}: give "
+                f"GradientHorizon a window of {length} steps at most, or longer batches."
+            )
+        states: list[list[torch.Tensor]] = []
+        losses: list[tuple[int, Any]] = []
+        hidden: Any = None
+        for time in range(self.window):
+            x, y = step.forward.prepare(cut(time, 1))
+            if time == 0:
+                hidden = _first_state(step.carry, state, x)
+            y_pred, hidden = step.forward.predict(x, hidden)
+            states.append([tensor for tensor in nest.tensors(hidden) if tensor.requires_grad])
+            if not states[-1]:
+                raise ValueError(
+                    "the model carries no hidden state that a gradient goes through, so there is no horizon to "
+                    f"measure: it returned {type(hidden).__name__} without a tensor that requires grad. Return "
+                    "(y_pred, hidden) with the state attached to its graph; the trainer detaches it between windows."
+                )
+            sampled = time >= self.window - self.samples and y is not None
+            if sampled and (step.loss_weight is None or float(step.loss_weight(x, y)) > 0):
+                losses.append((time, checked_loss(step.loss_fn(y_pred, y))))
+        if not losses:
+            raise ValueError(
+                f"none of the last {self.samples} of {self.window} steps has a loss (a target of None, or a "
+                "loss_weight of 0): give a window that ends where steps have targets."
+            )
+        return states, losses
+
+    def _norms(self, loss: Any, earlier: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Return the norms of the gradients for the states before `loss`, the latest first."""
+        wanted = earlier[-1 : -(self.window - self.samples) - 1 : -1]
+        flat = [tensor for tensors in wanted for tensor in tensors]
+        gradients = iter(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True))
+        squares = []
+        for tensors in wanted:
+            parts = [gradient for gradient in (next(gradients) for _ in tensors) if gradient is not None]
+            squares.append(sum(float(part.double().square().sum()) for part in parts))
+        return torch.tensor(squares, dtype=torch.float64).sqrt()
+
+    def plot(self) -> Any:
+        """Draw the decay with its fit, the relative bias of every K, and the recommendation.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed; the extra ``plot`` brings it.
+            RuntimeError: nothing has been measured yet.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "GradientHorizon draws with matplotlib, which is not installed: pip install 'ignite-tbptt[plot]'."
+            ) from error
+        decay, recommended = self.decay, self.recommended
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        lags = range(1, len(decay.phi) + 1)
+        left.plot(lags, decay.phi, label="measured")
+        if decay.deviation is not None:
+            band = [
+                (norm - 2 * error, norm + 2 * error) for norm, error in zip(decay.phi, decay.deviation, strict=True)
+            ]
+            floor = min((norm for norm in decay.phi if norm > 0), default=1.0) / 10  # the axis is logarithmic
+            left.fill_between(lags, [max(low, floor) for low, _ in band], [high for _, high in band], alpha=0.3)
+        tail = range(max(1, decay.tail_start), len(decay.phi) + 1)
+        left.plot(tail, [decay.fitted(lag) for lag in tail], "--", label=f"fit: {decay.rate:.4g} a step")
+        left.set(xlabel="k, steps back", ylabel="||dL(s) / dh(s-k)||", yscale="log", title="decay of the gradient")
+        steps = range(1, max(len(decay.phi), min(recommended or 0, 10 * len(decay.phi))) + 1)
+        right.plot(steps, [decay.relative_bias(count) for count in steps])
+        right.axhline(self.tolerance, color="black", linestyle=":", label=f"tolerance {self.tolerance:g}")
+        if recommended is not None:
+            right.axvline(recommended, color="tab:red", label=f"tbtt_step {recommended}")
+        right.set(xlabel="K, steps of truncation", ylabel="delta(K)", yscale="log", title="relative bias, at most")
+        left.legend()
+        right.legend()
+        return figure
+
+
+class AdaptiveTruncation:
+    """Sets the trainer's `tbtt_step` to what the measured decay asks for, whenever the horizon has been measured.
+
+    Example:
+        ::
+
+            horizon = GradientHorizon(window=100)
+            horizon.attach(trainer, Events.ITERATION_STARTED(every=100))
+            AdaptiveTruncation(horizon, tolerance=0.5, minimum=5, maximum=80).attach(trainer)
+
+    Args:
+        horizon: attached to the same trainer before.
+        tolerance: relative bias that is allowed for.
+        minimum: least `tbtt_step`.
+        maximum: largest `tbtt_step`, also where gradients do not decay.
+        optimizer: where given, its learning rates are multiplied by the root of the ratio of the new `tbtt_step` to the
+            old: longer chunks take fewer steps, on gradients of less noise.
+
+    Raises:
+        TypeError: `minimum` or `maximum` is not an integer.
+        ValueError: `tolerance` is not positive, `minimum` is below 1 or above `maximum`.
+
+    Source: Aicher, Foti and Fox, 2019, arXiv:1905.07473, algorithm 2.
+    """
+
+    def __init__(
+        self, horizon: GradientHorizon, tolerance: float, minimum: int, maximum: int, optimizer: Any = None
+    ) -> None:
+        require_tolerance(tolerance)
+        require_steps("minimum", minimum)
+        require_steps("maximum", maximum)
+        if minimum > maximum:
+            raise ValueError(f"minimum must not be above maximum, got minimum={minimum} and maximum={maximum}.")
+        self.horizon, self.tolerance, self.minimum, self.maximum = horizon, tolerance, minimum, maximum
+        self.optimizer = optimizer
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the horizon.
+
+        Raises:
+            ValueError: the trainer's `tbtt_step` is a policy, or the horizon is not attached to `engine`.
+        """
+        _require_number(engine)
+        if self.horizon.engine is not engine:
+            raise ValueError(
+                "the horizon is not attached to this engine, so it would never be measured: call "
+                "horizon.attach(trainer, Events.ITERATION_STARTED(every=100)) first."
+            )
+        self.horizon.on_measured(self._update)
+
+    def _update(self, engine: Engine) -> None:
+        state: Any = engine.state
+        _require_number(engine)
+        wanted = self.horizon.decay.recommended(self.tolerance)
+        steps = self.maximum if wanted is None else min(max(wanted, self.minimum), self.maximum)
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= math.sqrt(steps / state.tbtt_step)
+        state.tbtt_step = steps
+
+
+def _require_number(engine: Engine) -> None:
+    tbtt_step: Any = getattr(engine.state, "tbtt_step", None)
+    if isinstance(tbtt_step, TruncationPolicy):
+        raise ValueError(
+            f"the trainer's tbtt_step is a policy, {tbtt_step!r}, and AdaptiveTruncation sets the length of chunks: "
+            "make the trainer with an int to start from, tbtt_step=50."
+        )
+
+
+def _training_step(engine: Engine) -> Any:
+    """Return the process function of a trainer over time."""
+    step = getattr(engine, "tbptt_training_step", None)
+    if step is None:
+        raise ValueError(
+            "engine is no trainer of this package, so there is no model to measure: attach the horizon to an engine of "
+            "create_supervised_tbptt_trainer, or to one that supervised_tbptt_training_step(...) is attached to."
+        )
+    return step
+
+
+def _first_state(carry: Any, state: Any, x: Any) -> Any:
+    hidden = state.hidden if carry.stateful else None
+    if hidden is None and carry.initial_hidden is not None:
+        hidden = carry.initial_hidden(x)
+    return None if hidden is None else restore_precision(move_hidden(detach_hidden(hidden), device_of(x)))
+
+
+@contextmanager
+def _no_trace(*candidates: Any) -> Iterator[None]:
+    """Run modules in training mode and leave random numbers, buffers and modes as they were."""
+    modules = [module for module in candidates if isinstance(module, torch.nn.Module)]
+    modes = [(child, child.training) for module in modules for child in module.modules()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(buffers_set_to(buffers_of(*modules)))
+        try:
+            for module in modules[:1]:  # the model, as the trainer does
+                module.train()
+            yield
+        finally:
+            for child, training in modes:
+                child.training = training
