@@ -402,6 +402,7 @@ TWO_RANKS = """
         assert handler.nfev > 0 and not cut.cell._forward_hooks
         if rank == 0:
             print("trained alike on both ranks")
+        idist.barrier()  # a rank that leaves early can take the other down with it
 
     if __name__ == "__main__":
         with idist.Parallel(backend="gloo", nproc_per_node=2) as parallel:
