@@ -4,7 +4,9 @@ Streams of blocks: 5 to 10 random symbols out of 6, then as many steps in which 
 marks how long a block will be but the first question mark. An LSTM of 2 x 50 units is trained for the same number of
 time steps with fixed chunks of several lengths, and with chunks that `AdaptiveTruncation` sets from the measured
 horizon. The script prints the perplexity of the repeated symbols on a held-out stream (6 is guessing) and draws the
-horizon before and after training and the lengths that were chosen, in output/choose_truncation_*.png.
+horizon before and after training and the lengths that were chosen, in output/choose_truncation_*.png. What there is to
+see is the length that is found with no search, close to the best fixed one; its perplexity comes close as well, but the
+last digits of one run are noise: between seeds they differ by 0.1.
 
     python examples/choose_truncation.py                  # a few minutes
     python examples/choose_truncation.py --steps 20000    # a look
@@ -138,9 +140,9 @@ def draw_choice(chosen: list[tuple[int, int]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Adaptive against fixed truncation on the copy task.")
-    parser.add_argument("--steps", type=int, default=60_000, help="time steps of each of the 64 rows")
+    parser.add_argument("--steps", type=int, default=36_000, help="time steps of each of the 64 rows")
     parser.add_argument("--window", type=int, default=80, help="time steps over which the decay is measured")
-    parser.add_argument("--tolerance", type=float, default=0.5, help="relative bias that is allowed for")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="relative bias that is allowed for")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("output"))
     given = parser.parse_args()
