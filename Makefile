@@ -6,6 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/.ready
 	$(BIN)/python examples/char_language_model.py
+	$(BIN)/python examples/blackbox_regression.py
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

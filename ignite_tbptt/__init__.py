@@ -1,5 +1,6 @@
 """Truncated back-propagation through time for PyTorch-Ignite, and gradients for blackboxes."""
 
+from ignite_tbptt.blackbox import Blackbox, FiniteDifferenceGradients, find_graph_cuts
 from ignite_tbptt.evaluator import create_supervised_tbptt_evaluator, time_steps_as_samples
 from ignite_tbptt.events import EpochTimeWise, RunningTimeWise, SequenceWise, Tbptt_Events
 from ignite_tbptt.gradient_decay import GradientDecay
@@ -22,8 +23,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveTruncation",
     "AnticipatedReweightedTruncation",
+    "Blackbox",
     "ContiguousStreams",
     "EpochTimeWise",
+    "FiniteDifferenceGradients",
     "FixedTruncation",
     "FullBackpropagation",
     "GradientDecay",
@@ -41,6 +44,7 @@ __all__ = [
     "create_supervised_tbptt_evaluator",
     "create_supervised_tbptt_trainer",
     "detach_hidden",
+    "find_graph_cuts",
     "reset_hidden",
     "split_sequence",
     "supervised_tbptt_training_step",

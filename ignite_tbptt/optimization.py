@@ -196,8 +196,9 @@ def checked_loss(loss: Any) -> Any:
             raise ValueError(
                 "the loss does not require grad: nothing that led to it can be trained. Most likely the graph is cut "
                 "inside the model: look for .item(), .numpy(), .detach(), .data, torch.tensor(...) of computed values, "
-                "torch.no_grad(), or an operation without a gradient (argmax, a comparison). Or every parameter is "
-                "frozen (requires_grad=False)."
+                "torch.no_grad(), or an operation without a gradient (argmax, a comparison); "
+                "ignite_tbptt.find_graph_cuts(model, x) names the line. Or every parameter is frozen "
+                "(requires_grad=False)."
             )
     return loss
 
