@@ -64,19 +64,17 @@ class HiddenThroughBatch:
         self._carry, self._state, self._rows, self._detach = carry, state, rows, detach
         self._revisited = {later[0].start for window, later in pairwise(windows) if later[0].start != window[-1].stop}
         self._kept = {0: state.hidden} if 0 in self._revisited else {}
-        self._end = 0
+        self.end = 0
         self._length = windows[-1][-1].stop
 
     def windows_left(self) -> bool:
         """Return whether the sequence goes on behind the windows run so far."""
-        return self._end < self._length
+        return self.end < self._length
 
-    def enter(self, window: Window) -> None:
-        """Set `engine.state.hidden` to the state at the start of `window`."""
-        start = window[0].start
-        if start != self._end:
-            self._state.hidden = self._kept[start]
-            self._kept = {time: hidden for time, hidden in self._kept.items() if time >= start}
+    def go_back_to(self, start: int) -> None:
+        """Set `engine.state.hidden` to the state at an earlier time, at which a window starts."""
+        self._state.hidden = self._kept[start]
+        self._kept = {time: hidden for time, hidden in self._kept.items() if time >= start}
 
     def start(self, x: Any) -> Any:
         """Return the state for the window's first chunk: detached, or the initial one with its graph to be learned."""
@@ -96,7 +94,7 @@ class HiddenThroughBatch:
     def reach(self, time: int, hidden: Any) -> None:
         """Take the state that the model returned behind the segment that ends at `time`."""
         self._state.hidden = hidden
-        self._end = time
+        self.end = time
         if time in self._revisited:
             self._kept[time] = self._cut(hidden)
 

@@ -8,8 +8,9 @@ batch on the host costs the device one chunk at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -65,16 +66,45 @@ def split_sequence(
     """
     whole = {_as_path(entry): False for entry in static} | {_as_path(entry): True for entry in final}
     plan = _Plan(dim, whole)
-    cut = plan.cutter(batch, ())
+    cut_run = plan.run_cutter(batch, ())
     if plan.unseen:
         names = ", ".join(nest.spell("batch", path) for path in plan.unseen)
         raise ValueError(f"static and final must name entries of the batch, but it has no {names}.")
     plan.length = _agreed_length(plan.lengths, dim)
-    return plan.length, cut
+    return plan.length, _RunAhead(cut_run, plan.length)
 
 
 def _as_path(entry: Hashable) -> Path:
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+_CutRun = Callable[[int, int, int], Iterable[Any]]
+"""From a start, a number of time steps and a count to so many chunks of so many steps, one after the other."""
+
+
+class _RunAhead:
+    """Cuts chunks one by one, and where they follow one another with equal lengths the next ones in one go.
+
+    torch.split makes a view in a third of the time that a narrow of its own takes; the views hold no memory.
+    """
+
+    RUN = 32
+
+    def __init__(self, cut_run: _CutRun, length: int) -> None:
+        self._cut_run, self._length = cut_run, length
+        self._ready: Iterator[Any] = iter(())
+        self._left, self._next, self._steps = 0, -1, 0
+
+    def __call__(self, start: int, steps: int) -> Any:
+        if start != self._next or steps != self._steps:
+            self._left, self._next, self._steps = 0, start + steps, steps
+            return next(iter(self._cut_run(start, steps, 1)))
+        if not self._left:
+            self._left = min(self.RUN, max(1, (self._length - start) // steps))
+            self._ready = iter(self._cut_run(start, steps, self._left))
+        self._left -= 1
+        self._next += steps
+        return next(self._ready)
 
 
 class _Plan:
@@ -90,23 +120,36 @@ class _Plan:
         self.lengths: dict[str, int] = {}
         self.length = 0
 
-    def cutter(self, node: Any, path: Path) -> Cut:
+    def run_cutter(self, node: Any, path: Path) -> _CutRun:
         if path in self.whole:
             self.unseen.discard(path)
-            if self.whole[path]:
-                return lambda start, steps: node if start + steps == self.length else None
-            return lambda start, steps: node
+            return partial(self._only_at_the_end, node) if self.whole[path] else partial(_repeated, node)
         _refuse_uncuttable(node, path)
         if isinstance(node, torch.Tensor):
             self.lengths[nest.spell("batch", path)] = _length(node, self.dim, path)
-            return partial(node.narrow, self.dim)
+            return partial(self._views, node)
         pairs = nest.children(node)
         if pairs is None:
-            return lambda start, steps: node
-        cutters = [self.cutter(child, (*path, key)) for key, child in pairs]
-        if type(node) is tuple:  # the usual (x, y)
-            return lambda start, steps: tuple([cut(start, steps) for cut in cutters])
-        return lambda start, steps: nest.rebuild(node, [cut(start, steps) for cut in cutters])
+            return partial(_repeated, node)
+        runs = [self.run_cutter(child, (*path, key)) for key, child in pairs]
+        if not runs:
+            return partial(_repeated, node)
+        if type(node) is tuple:  # the usual (x, y): zip makes just that
+            return lambda start, steps, count: zip(*[run(start, steps, count) for run in runs], strict=True)
+        return lambda start, steps, count: (
+            nest.rebuild(node, list(values)) for values in zip(*[run(start, steps, count) for run in runs], strict=True)
+        )
+
+    def _views(self, tensor: torch.Tensor, start: int, steps: int, count: int) -> Iterable[Any]:
+        views: Iterable[Any] = tensor.narrow(self.dim, start, steps * count).split(steps, self.dim)
+        return views
+
+    def _only_at_the_end(self, node: Any, start: int, steps: int, count: int) -> Iterable[Any]:
+        return [node if start + steps * (index + 1) == self.length else None for index in range(count)]
+
+
+def _repeated(node: Any, start: int, steps: int, count: int) -> Iterable[Any]:
+    return repeat(node, count)
 
 
 def _refuse_uncuttable(node: Any, path: Path) -> None:

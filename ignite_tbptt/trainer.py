@@ -135,7 +135,8 @@ class TbpttTrainingStep:
         for window in group:
             first = window[0]
             x, y = self.forward.prepare(chunks.cut(first.start, first.stop - first.start))
-            chunks.hidden.enter(window)
+            if first.start != chunks.hidden.end:
+                chunks.hidden.go_back_to(first.start)
             state.time_iteration += 1
             chunks.heard |= fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
             # A handler, or a callable of the user's, may have run an evaluator.
@@ -175,6 +176,7 @@ class TbpttTrainingStep:
         hidden = chunks.hidden.start(x)
         losses: list[Any] = []
         counts: list[float] = []
+        run_segment = self._run_segment if self.recompute is None else self._run_segment_again_in_backward
         for start, stop, carry_scale, loss_weight in window:
             if counts:
                 x, y = self.forward.prepare(chunks.cut(start, stop - start))
@@ -185,10 +187,10 @@ class TbpttTrainingStep:
                 if loss_weight:
                     count = stop - start if self.loss_weight is None else self._count(x, y)
             if self.forward.amp_mode is None:
-                y_pred, hidden, loss = self._run_segment(x, y, hidden, count)
+                y_pred, hidden, loss = run_segment(x, y, hidden, count)
             else:
                 with self.forward.autocast(x):
-                    y_pred, hidden, loss = self._run_segment(x, y, hidden, count)
+                    y_pred, hidden, loss = run_segment(x, y, hidden, count)
             losses.append(loss)
             counts.append(count)
             chunks.hidden.reach(stop, hidden)
@@ -200,14 +202,12 @@ class TbpttTrainingStep:
         mean = _weighted_sum([count / steps for count in counts], losses)
         return x, y, y_pred, mean, _weighted_sum(self.accumulation.coefficients(window, counts), losses), steps
 
-    def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> Any:
-        if self.recompute is None:
-            return self._predict_and_compare(x, y, hidden, count)
-        y_pred, hidden, loss = self.recompute(self._predict_and_compare, x, y, hidden, count)
+    def _run_segment_again_in_backward(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
+        y_pred, hidden, loss = self.recompute(self._run_segment, x, y, hidden, count)  # type: ignore[misc]
         # A copy: on the CPU the scalar of mse_loss lies in a storage of all elements, which would stay till backward.
         return y_pred, hidden, None if loss is None else loss.clone()
 
-    def _predict_and_compare(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
+    def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
         y_pred, hidden = self.forward.predict(x, hidden)
         return y_pred, hidden, checked_loss(self.loss_fn(y_pred, y)) if count else None
 
