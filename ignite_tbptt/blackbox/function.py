@@ -64,7 +64,7 @@ class BlackboxFunction(Generic[P, R]):
         arguments = Arguments(self._fn, args, kwargs, numpy=self._numpy)
         in_dims = arguments.flat_in_dims(self._options.in_dims)
         options = replace(self._options, in_dims=in_dims, names=arguments)
-        return cast("R", _call(arguments.call, arguments.tensors, options, self.count))
+        return cast("R", _call(arguments.as_function, arguments.tensors, options, self.count))
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         """Bind like a function, so that methods can be decorated."""

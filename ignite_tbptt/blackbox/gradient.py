@@ -8,15 +8,12 @@ at all. Pairs with `function`, which holds a `Differences` for every forward cal
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import random
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +24,7 @@ from ignite_tbptt.blackbox.evaluation import Call, Evaluator, Points
 from ignite_tbptt.blackbox.outputs import Outputs
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
-__all__ = ["Differences", "autocast_off", "have_drawn"]
+__all__ = ["Differences", "autocast_off"]
 
 _T = TypeVar("_T")
 
@@ -77,7 +74,7 @@ class Differences:
         try:
             with torch.no_grad(), autocast_off(points):
                 found = self._estimated(points, needed, cotangents)
-                moved = self.draws or have_drawn(before)
+                moved = self.draws or before.have_moved()
                 if moved and not self.draws:
                     # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all.
                     self.draws, self.call.replay = True, self.streams
@@ -326,42 +323,15 @@ class _Task:
         return float(changes.min()) if len(changes) else None
 
 
-def have_drawn(before: RandomStreams) -> bool:
-    """Whether any of the global random streams moved since.
-
-    Draws show in the position within the state, or, where it comes round, in the first word, which is new by then.
-    """
-    if not torch.equal(before.torch_cpu, torch.get_rng_state()):
-        return True
-    was, now = before.python, random.getstate()
-    if (was[1][-1], was[1][0], was[2]) != (now[1][-1], now[1][0], now[2]):
-        return True
-    if _numpy_has_drawn(before.numpy_legacy):
-        return True
-    cuda = torch.cuda.get_rng_state_all() if before.torch_cuda or torch.cuda.is_initialized() else []
-    pairs = zip(before.torch_cuda, cuda, strict=False)
-    return len(cuda) != len(before.torch_cuda) or not all(torch.equal(one, other) for one, other in pairs)
-
-
-def _numpy_has_drawn(before: Any) -> bool:
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is np.random.MT19937 and not before[3]:
-        # Its state in memory is 624 words and the position; to ask for it takes 70 times as long. A normal number that
-        # is kept for later is not in there, but to make one the generator had to move, unless it was kept before.
-        words = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
-        return bool(words[624] != before[2] or words[0] != before[1][0])
-    now: Any = np.random.get_state()
-    return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
-
-
-@contextlib.contextmanager
-def autocast_off(tensors: Sequence[Tensor]) -> Iterator[None]:
+def autocast_off(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:
     """Evaluate in the precision of the tensors: autocast would round what differences are taken of."""
     on = {tensor.device.type for tensor in tensors if torch.is_autocast_enabled(tensor.device.type)}
-    with contextlib.ExitStack() as stack:
-        for device in on:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    if not on:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for device in on:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _give_row_0_another_value(tensor: Tensor, dim: int, eps: float) -> None:
