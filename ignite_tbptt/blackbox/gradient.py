@@ -8,6 +8,7 @@ at all. Pairs with `function`, which holds a `Differences` for every forward cal
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -196,6 +197,10 @@ class _Task:
         if moves.stencil.is_two_sided:
             raise self._not_finite(moves, broken[0], "on both sides")
         mirrored = moves.mirrored(broken)
+        step_size, block = self.owner.estimator.step_size, moves.block
+        for position, part in zip(block.positions, block.apart(mirrored.points()), strict=True):
+            if not torch.equal(step_size.inside(part, position), part):
+                raise self._not_finite(moves, broken[0], "and the other side is out of bounds,")
         (outputs,) = self.owner.evaluator.evaluate(self.call, [self._points_of(mirrored, rows_move)])
         again = self._contracted(mirrored, outputs, rows_move)
         mended = slopes.clone()
@@ -305,7 +310,7 @@ class _Task:
             while h < reach:
                 h *= 4
                 change = self._change_at(k, position, h)
-                if change is not None:
+                if change is not None and math.isfinite(change):
                     smaller = self._change_at(k, position, h / 2)
                     return (h, change) if smaller is None else (h / 2, smaller)
         except BlackboxError:
@@ -313,13 +318,17 @@ class _Task:
         return None
 
     def _change_at(self, k: int, position: int, h: float | Tensor) -> float | None:
-        """The smallest change of an output when all elements of an input move by h, None where nothing changes."""
+        """The smallest change of an output when all elements of an input move by h.
+
+        None where nothing changes, infinite where all that changed is no number any more.
+        """
         points = [point.clone() for point in self.points]
         points[k] = self.owner.estimator.step_size.inside(points[k] + h, position)
         out = self.call(points, f"all elements of {self.owner.names[k]} moved")
         pairs = zip((out[used] for used in self.used), self.values, strict=True)
         changes = torch.cat([(now - was).abs().flatten() for now, was in pairs])
-        changes = changes[torch.isfinite(changes) & (changes > 0)]
+        changes = torch.nan_to_num(changes, nan=math.inf, posinf=math.inf)
+        changes = changes[changes > 0]
         return float(changes.min()) if len(changes) else None
 
 

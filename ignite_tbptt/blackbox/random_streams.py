@@ -50,7 +50,7 @@ class RandomStreams:
         """Hold the present state of every stream."""
         used = torch.cuda.is_available() and torch.cuda.is_initialized()
         cuda = torch.cuda.get_rng_state_all() if used else []
-        return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
+        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
 
     def have_moved(self) -> bool:
         """Whether any stream was drawn from, or set, since.
@@ -62,8 +62,7 @@ class RandomStreams:
         was, now = self.python, random.getstate()
         if (was[1][-1], was[1][0], was[2]) != (now[1][-1], now[1][0], now[2]):
             return True
-        old, new = self.numpy_legacy, _numpy_state()
-        if old is not new and (old[0] != new[0] or old[2:] != new[2:] or old[1][0] != new[1][0]):
+        if _numpy_has_moved(self.numpy_legacy):
             return True
         if not self.torch_cuda and not torch.cuda.is_initialized():
             return False
@@ -88,27 +87,15 @@ class RandomStreams:
             yield
 
 
-_WORDS = 625  # of a Mersenne twister in memory: its key and the position in it
-_last_seen: tuple[bytes, Any] = (b"", None)
-
-
-def _numpy_state() -> Any:
-    """What `numpy.random.get_state` gives, which takes 25 us, or what it gave before where nothing has moved since.
-
-    The twister is compared in memory. Besides it there is a normal number that was made in a pair and kept: it comes
-    only by moving the twister, so where none was kept and the twister is the same, none is.
-    """
-    global _last_seen  # noqa: PLW0603 - a memory of one, of no consequence but for time
+def _numpy_has_moved(before: Any) -> bool:
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not np.random.MT19937:
-        return np.random.get_state()
-    words = ctypes.string_at(generator.ctypes.state_address, 4 * _WORDS)
-    seen, state = _last_seen
-    if words == seen and not state[3]:
-        return state
-    state = np.random.get_state()
-    _last_seen = (words, state)
-    return state
+    if type(generator) is np.random.MT19937 and before[0] == "MT19937" and not before[3]:
+        # The twister in memory is 624 words and the position; to ask for them takes 25 us. Of normal numbers, made in
+        # pairs, the second is kept outside of it: but as none was kept, the twister has to move before one is drawn.
+        words = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
+        return bool(words[624] != before[2] or words[0] != before[1][0])
+    now: Any = np.random.get_state()
+    return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
 
 
 @contextlib.contextmanager
