@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ignite_tbptt.blackbox.cut_report import CutCall
 from ignite_tbptt.blackbox.reach import Bits, Reach, carries_gradient, is_dead_node, tensors_in
 
-__all__ = ["CallWatch", "ForwardWatch", "CallRecord"]
+__all__ = ["CallRecord", "CallWatch", "ForwardWatch"]
 
 # Comparisons and truth values: they often only decide a branch next to the call that really cut.
 _MASK_READS = frozenset({"__bool__", "equal", "allclose"})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
-from ignite_tbptt.blackbox.forward_watch import CallWatch, ForwardWatch, CallRecord
+from ignite_tbptt.blackbox.forward_watch import CallRecord, CallWatch, ForwardWatch
 from ignite_tbptt.blackbox.module_state import attributes_kept
 from ignite_tbptt.blackbox.random_streams import random_streams_kept
 from ignite_tbptt.blackbox.reach import Reach, carries_gradient, tensors_in
