@@ -63,8 +63,14 @@ class Arguments(Sequence[str]):
         for k in self._arrays:
             self._leaves[k] = self._leaves[k].copy()
 
-    def call(self, *tensors: Tensor) -> Any:
-        """Call the function with other tensors."""
+    @property
+    def as_function(self) -> Callable[..., Any]:
+        """The function of the tensors alone."""
+        if self._flat and not self._numpy and len(self._places) == len(self._leaves):
+            return self._fn
+        return self._call
+
+    def _call(self, *tensors: Tensor) -> Any:
         leaves = list(self._leaves)
         for k, tensor in zip(self._places, tensors, strict=True):
             leaves[k] = _as_array(tensor) if self._numpy else tensor

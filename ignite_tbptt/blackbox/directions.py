@@ -360,9 +360,8 @@ class Orthogonal(_Random):
     def _directions(self, rows: int, width: int, generator: torch.Generator) -> Tensor:
         n = min(self.n, width)
         normal = torch.randn(rows, width, n, generator=generator, dtype=torch.float64)
-        q, r = torch.linalg.qr(normal)
-        # signs that make the frame uniformly distributed (Mezzadri 2007, section 4)
-        q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+        # which of q and -q comes out is not random, but direction x dual is the same for both
+        q = torch.linalg.qr(normal)[0]
         directions: Tensor = q.permute(2, 0, 1) * math.sqrt(width)
         return directions
 

@@ -7,7 +7,6 @@ take differences. Pairs with `gradient`, which takes them, and with `function`, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.evaluation import Call, EvaluationCount, Evaluator, SerialEvaluation
-from ignite_tbptt.blackbox.gradient import Differences, autocast_off, have_drawn
+from ignite_tbptt.blackbox.gradient import Differences, autocast_off
 from ignite_tbptt.blackbox.outputs import Outputs
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
@@ -104,7 +103,7 @@ class ForwardCall:
         cast = functools.partial(_cast, dtype=options.dtype, device=options.device, autocast=autocast)
         if self.known is None:
             streams = RandomStreams.now() if self.differentiable else None
-            with autocast_off(tensors) if autocast else contextlib.nullcontext():
+            with autocast_off(tensors):
                 outputs = Outputs.of(self.fn(*[_copied(tensor, cast(tensor)) for tensor in tensors]), options.label)
         else:
             streams = self.known.streams or RandomStreams.now()
@@ -116,7 +115,7 @@ class ForwardCall:
             if self.known is None or not (autocast or options.dtype or options.device):
                 call.first = outputs
             names = options.names or [f"input {k}" for k in range(len(tensors))]
-            draws = have_drawn(streams)
+            draws = streams.have_moved()
             self.differences = Differences(call, options.estimator, options.evaluator, names, cast, streams, draws)
         return self._as_arguments(outputs, tensors)
 

@@ -8,15 +8,13 @@ at all. Pairs with `function`, which holds a `Differences` for every forward cal
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import random
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from ignite_tbptt.blackbox.evaluation import Call, Evaluator, Points
 from ignite_tbptt.blackbox.outputs import Outputs
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
-__all__ = ["Differences", "autocast_off", "have_drawn"]
+__all__ = ["Differences", "autocast_off"]
 
 _T = TypeVar("_T")
 
@@ -77,7 +75,7 @@ class Differences:
         try:
             with torch.no_grad(), autocast_off(points):
                 found = self._estimated(points, needed, cotangents)
-                moved = self.draws or have_drawn(before)
+                moved = self.draws or before.have_moved()
                 if moved and not self.draws:
                     # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all.
                     self.draws, self.call.replay = True, self.streams
@@ -199,6 +197,10 @@ class _Task:
         if moves.stencil.is_two_sided:
             raise self._not_finite(moves, broken[0], "on both sides")
         mirrored = moves.mirrored(broken)
+        step_size, block = self.owner.estimator.step_size, moves.block
+        for position, part in zip(block.positions, block.apart(mirrored.points()), strict=True):
+            if not torch.equal(step_size.inside(part, position), part):
+                raise self._not_finite(moves, broken[0], "and the other side is out of bounds,")
         (outputs,) = self.owner.evaluator.evaluate(self.call, [self._points_of(mirrored, rows_move)])
         again = self._contracted(mirrored, outputs, rows_move)
         mended = slopes.clone()
@@ -308,7 +310,7 @@ class _Task:
             while h < reach:
                 h *= 4
                 change = self._change_at(k, position, h)
-                if change is not None:
+                if change is not None and math.isfinite(change):
                     smaller = self._change_at(k, position, h / 2)
                     return (h, change) if smaller is None else (h / 2, smaller)
         except BlackboxError:
@@ -316,52 +318,29 @@ class _Task:
         return None
 
     def _change_at(self, k: int, position: int, h: float | Tensor) -> float | None:
-        """The smallest change of an output when all elements of an input move by h, None where nothing changes."""
+        """The smallest change of an output when all elements of an input move by h.
+
+        None where nothing changes, infinite where all that changed is no number any more.
+        """
         points = [point.clone() for point in self.points]
         points[k] = self.owner.estimator.step_size.inside(points[k] + h, position)
         out = self.call(points, f"all elements of {self.owner.names[k]} moved")
         pairs = zip((out[used] for used in self.used), self.values, strict=True)
         changes = torch.cat([(now - was).abs().flatten() for now, was in pairs])
-        changes = changes[torch.isfinite(changes) & (changes > 0)]
+        changes = torch.nan_to_num(changes, nan=math.inf, posinf=math.inf)
+        changes = changes[changes > 0]
         return float(changes.min()) if len(changes) else None
 
 
-def have_drawn(before: RandomStreams) -> bool:
-    """Whether any of the global random streams moved since.
-
-    Draws show in the position within the state, or, where it comes round, in the first word, which is new by then.
-    """
-    if not torch.equal(before.torch_cpu, torch.get_rng_state()):
-        return True
-    was, now = before.python, random.getstate()
-    if (was[1][-1], was[1][0], was[2]) != (now[1][-1], now[1][0], now[2]):
-        return True
-    if _numpy_has_drawn(before.numpy_legacy):
-        return True
-    cuda = torch.cuda.get_rng_state_all() if before.torch_cuda or torch.cuda.is_initialized() else []
-    pairs = zip(before.torch_cuda, cuda, strict=False)
-    return len(cuda) != len(before.torch_cuda) or not all(torch.equal(one, other) for one, other in pairs)
-
-
-def _numpy_has_drawn(before: Any) -> bool:
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is np.random.MT19937 and not before[3]:
-        # Its state in memory is 624 words and the position; to ask for it takes 70 times as long. A normal number that
-        # is kept for later is not in there, but to make one the generator had to move, unless it was kept before.
-        words = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
-        return bool(words[624] != before[2] or words[0] != before[1][0])
-    now: Any = np.random.get_state()
-    return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
-
-
-@contextlib.contextmanager
-def autocast_off(tensors: Sequence[Tensor]) -> Iterator[None]:
+def autocast_off(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:
     """Evaluate in the precision of the tensors: autocast would round what differences are taken of."""
     on = {tensor.device.type for tensor in tensors if torch.is_autocast_enabled(tensor.device.type)}
-    with contextlib.ExitStack() as stack:
-        for device in on:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    if not on:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for device in on:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _give_row_0_another_value(tensor: Tensor, dim: int, eps: float) -> None:

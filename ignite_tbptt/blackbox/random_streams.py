@@ -9,6 +9,7 @@ stood before the first evaluation, and leaves them as they stood after it. Gener
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,25 @@ class RandomStreams:
         cuda = torch.cuda.get_rng_state_all() if used else []
         return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
 
+    def have_moved(self) -> bool:
+        """Whether any stream was drawn from, or set, since.
+
+        Draws show in the position within a state, or, where it comes round, in the first word, which is new by then.
+        """
+        if not torch.equal(self.torch_cpu, torch.get_rng_state()):
+            return True
+        was, now = self.python, random.getstate()
+        if (was[1][-1], was[1][0], was[2]) != (now[1][-1], now[1][0], now[2]):
+            return True
+        if _numpy_has_moved(self.numpy_legacy):
+            return True
+        if not self.torch_cuda and not torch.cuda.is_initialized():
+            return False
+        cuda = torch.cuda.get_rng_state_all()
+        if len(cuda) != len(self.torch_cuda):
+            return True
+        return not all(torch.equal(was, now) for was, now in zip(self.torch_cuda, cuda, strict=True))
+
     def restore(self) -> None:
         """Set every stream to the state that is held here."""
         torch.set_rng_state(self.torch_cpu)
@@ -65,6 +85,17 @@ class RandomStreams:
         with random_streams_kept():
             self.restore()
             yield
+
+
+def _numpy_has_moved(before: Any) -> bool:
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is np.random.MT19937 and before[0] == "MT19937" and not before[3]:
+        # The twister in memory is 624 words and the position; to ask for them takes 25 us. Of normal numbers, made in
+        # pairs, the second is kept outside of it: but as none was kept, the twister has to move before one is drawn.
+        words = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
+        return bool(words[624] != before[2] or words[0] != before[1][0])
+    now: Any = np.random.get_state()
+    return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
 
 
 @contextlib.contextmanager

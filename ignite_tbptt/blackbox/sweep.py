@@ -134,6 +134,7 @@ class _Line:
     def __init__(self, fn: Callable[..., Any], inputs: tuple[Any, ...], numpy: bool, seed: int) -> None:
         self.label = getattr(fn, "__name__", type(fn).__name__)
         self._arguments = Arguments(fn, inputs, {}, numpy=numpy)
+        self._function = self._arguments.as_function
         tensors = self._arguments.tensors
         floats = [k for k, tensor in enumerate(tensors) if tensor.is_floating_point() and tensor.numel()]
         self._moved = [k for k in floats if tensors[k].requires_grad] or floats
@@ -164,7 +165,7 @@ class _Line:
                 self.streams.restore()
                 points = [x + t * direction[k] if k in direction else x.clone() for k, x in enumerate(tensors)]
                 try:
-                    known[t] = self._weighted(Outputs.of(self._arguments.call(*points), self.label))
+                    known[t] = self._weighted(Outputs.of(self._function(*points), self.label))
                 except (ArithmeticError, ValueError):
                     if t == 0:
                         raise

@@ -114,6 +114,29 @@ def test_values_that_are_finite_on_neither_side(estimator: Estimator) -> None:
         blackbox(f, estimator=estimator)(ones(2)).sum().backward()
 
 
+def test_the_other_side_is_not_tried_beyond_a_bound() -> None:
+    seen: list[Tensor] = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.where(x > 1, math.nan, x).detach()
+
+    estimator = ForwardDifference(BoundedStep(RelativeStep(), 1.0, 9.0))
+    with pytest.raises(
+        BlackboxError, match="f is NaN or infinite and the other side is out of bounds, with x: element"
+    ):
+        blackbox(f, estimator=estimator)(ones(2)).sum().backward()
+    assert all((x >= 1).all() for x in seen)
+
+
+def test_a_domain_that_ends_does_not_hide_the_quanta() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.where(x > 1.5, math.nan, torch.floor(x * 8) / 8).detach()
+
+    with pytest.warns(UntrustedGradientWarning, match=r"by 0\.125 at least"):
+        blackbox(f)(ones(2) * 0.99).sum().backward()
+
+
 def test_all_differences_zero_tells_the_step_and_the_quantum() -> None:
     def f(x: Tensor) -> Tensor:
         return (torch.floor(x.detach() * 8) / 8).double()

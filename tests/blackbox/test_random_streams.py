@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -42,3 +43,26 @@ def test_the_streams_are_put_back_when_the_block_raises() -> None:
     with pytest.raises(KeyError):
         draw_and_fail()
     assert draw() == expected
+
+
+def test_a_normal_number_that_numpy_keeps_for_later_is_part_of_the_state() -> None:
+    np.random.seed(3)
+    RandomStreams.now()
+    np.random.randn()
+    kept = RandomStreams.now()  # the second of the pair waits, and taking it does not move the generator
+    assert not kept.have_moved()
+    second = np.random.randn()
+    assert kept.have_moved()
+    kept.restore()
+    assert not kept.have_moved()
+    assert np.random.randn() == second
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), np.random.rand, random.random, lambda: np.random.seed(99)])
+def test_streams_that_were_drawn_from_have_moved(draw: Callable[[], object]) -> None:
+    streams = RandomStreams.now()
+    assert not streams.have_moved()
+    draw()
+    assert streams.have_moved()
+    streams.restore()
+    assert not streams.have_moved()

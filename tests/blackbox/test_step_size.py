@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ignite_tbptt.blackbox.directions import Block, Coordinates, Directions, Gaussian, Rademacher
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.function import blackbox
-from ignite_tbptt.blackbox.stencil import backward, central, forward
+from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, RelativeStep
 from tests.blackbox.helpers import COORDINATE_ESTIMATORS
 
@@ -37,6 +38,21 @@ def test_steps_are_realised_without_rounding() -> None:
     h = RelativeStep().each(x, central(), EPS[torch.float32]).sizes
     # a step across a power of two may round: 0.06 % of elements, against 99.96 % for steps that are not powers of two
     assert ((x + h) - x != h).double().mean() < 0.002
+
+
+@pytest.mark.parametrize("directions", [Coordinates(), Gaussian(1), Rademacher(1)])
+@pytest.mark.parametrize("stencil", [forward(), central(), central(4)])
+def test_slopes_are_over_the_step_that_rounding_left(stencil: Stencil, directions: Directions) -> None:
+    # next to 1000 a float32 holds 0.1 to three digits only, and so would the slope; here nothing else is rounded
+    x = torch.tensor([1000.0], requires_grad=True)
+    f = blackbox(lambda x: x.detach() * 4, estimator=Estimator(stencil, directions, AbsoluteStep(0.1)))
+    slope = torch.autograd.grad(f(x).sum(), x)[0]
+    if isinstance(directions, Gaussian):
+        d = next(
+            directions.moves(Block.of([x.detach()], [None], [0], [0], ["x"]), stencil, AbsoluteStep(1.0), 1.0, 9, 0)
+        )
+        slope = slope / d.displacements.square().item()  # type: ignore[attr-defined]
+    assert slope.item() == pytest.approx(4, rel=2.0**-22)
 
 
 def test_a_factor_and_an_absolute_step_are_taken_as_given() -> None:
@@ -90,9 +106,17 @@ def test_at_a_bound_a_two_sided_formula_keeps_its_order(order: int) -> None:
 
 def test_rows_at_a_bound_turn_the_formula_for_their_column() -> None:
     step = BoundedStep(AbsoluteStep(0.125), 0.0, 1.0)
-    x = torch.tensor([[0.0, 0.5], [0.3, 0.4], [1.0, 0.6], [0.13, 0.5]], dtype=torch.float64, requires_grad=True)
-    f = blackbox(lambda x: x.detach() ** 2, estimator=CentralDifference(step_size=step), in_dims=0)
+    x = torch.tensor([[0.0, 0.5], [0.3, 0.4], [1.0, 0.6], [0.87, 0.5]], dtype=torch.float64, requires_grad=True)
+    seen: list[torch.Tensor] = []
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x.detach() ** 2
+
+    f = blackbox(square, estimator=CentralDifference(step_size=step), in_dims=0)
     f(x).sum().backward()
+    # 0.87 has room for a step on both sides, not for the two that the one-sided formula takes
+    assert all(((point >= 0) & (point <= 1)).all() for point in seen)
     assert f.nfev == 2 * 2 + 1
     assert x.grad is not None
     assert torch.allclose(x.grad, 2 * x.detach(), rtol=0, atol=1e-13)
