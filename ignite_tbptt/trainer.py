@@ -368,7 +368,8 @@ def create_supervised_tbptt_trainer(
             trainer.run(loader, max_epochs=10)  # batches (x, y) of shape (T, B, 8) and (T, B, 1)
 
     `engine.state` has, besides Ignite's: `time_iteration` and `optimizer_step` (counters over the run),
-    `time_iterations_per_sequence` (of the batch in hand), `hidden` (the state that the next window starts from;
+    `time_iterations_per_sequence` (of the batch in hand), `counted_steps` (time steps of the window that had a loss),
+    `hidden` (the state that the next window starts from;
     handlers may read and replace it), `tbtt_step` (read at every batch, so a parameter scheduler can change it) and
     `output`: the window's output from BACKWARD_COMPLETED on, the mean loss over the steps of the batch at
     ITERATION_COMPLETED.
@@ -397,7 +398,9 @@ def create_supervised_tbptt_trainer(
         scaler: a ``torch.amp.GradScaler``, or True to have one made, as `engine.state.scaler`.
         deterministic: make the engine a `DeterministicEngine`, which resumes with its random streams.
         stateful: carry the hidden state from batch to batch of an epoch: row i of a batch goes on where row i of the
-            one before ended (`ContiguousStreams`). The carried state is in the trainer's state dict.
+            one before ended (`ContiguousStreams`). It is reset where an epoch starts and where the data begin anew. The
+            carried state is in the trainer's state dict, for the rows of this rank: on several ranks let each save its
+            own (`Checkpoint`'s save_on_rank).
         initial_hidden: ``initial_hidden(x)`` returns the state that sequences start with, x being the first chunk.
             Parameters in it are trained.
         split_batch: ``split_batch(batch, dim)`` returns the length and the chunks; see `split_sequence`, also for
