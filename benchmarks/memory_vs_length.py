@@ -42,7 +42,7 @@ class Forecaster(nn.Module):
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Return how many bytes of tensors `run` holds at most beyond those there before."""
     run()  # gradients and whatever is made once
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0

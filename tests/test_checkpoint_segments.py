@@ -129,7 +129,7 @@ def test_any_form_of_state_is_recomputed_from() -> None:
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
