@@ -3,7 +3,7 @@
 A lean loop, contrib's trainer and ours train equal models on equal data, interleaved in one process; the figure is the
 median over many rounds of the time relative to the lean loop of the same round. The lean loop sets the model's mode
 once, fires no event and keeps no record but the loss. Sequences are 64 chunks long (16 for the largest model), so the
-cost of a batch, some 60 microseconds more than contrib's, is spread over them.
+cost of a batch as such, which is above contrib's, is spread over them.
 
     python benchmarks/trainer_overhead.py
 """
