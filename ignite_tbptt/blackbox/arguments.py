@@ -92,9 +92,7 @@ class Arguments(Sequence[str]):
             return None
         if isinstance(in_dims, list):
             in_dims = tuple(in_dims)
-        if self._flat:
-            self._args_spec = tree_flatten(tuple(range(self._split)))[1]
-        flat = _broadcast_to_and_flatten(in_dims, self._args_spec)
+        flat = self._broadcast(in_dims)
         if flat is None:
             raise ValueError(
                 f"in_dims={in_dims} does not match the {self._positional} positional arguments of "
@@ -111,6 +109,16 @@ class Arguments(Sequence[str]):
                     f"{type(self._leaves[k]).__name__}; give None there"
                 )
         return tuple(dims[k] for k in self._places)
+
+    def _broadcast(self, in_dims: Any) -> Sequence[Any] | None:
+        """An entry for each positional leaf, None where in_dims has another structure than the arguments."""
+        if self._flat:
+            if isinstance(in_dims, int):
+                return [in_dims] * self._split
+            fits = isinstance(in_dims, tuple) and len(in_dims) == self._split
+            return in_dims if fits and not any(isinstance(dim, (tuple, list, dict)) for dim in in_dims) else None
+        found: list[Any] | None = _broadcast_to_and_flatten(in_dims, self._args_spec)
+        return found
 
     def _nested(self, leaves: list[Any]) -> tuple[Any, Any]:
         if self._flat:

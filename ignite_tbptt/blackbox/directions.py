@@ -55,7 +55,7 @@ class Rows:
         """(*leading, rows, width) -> (*leading, *shape)."""
         leading = rows.shape[:-2]
         if self.dim is None:
-            return rows.reshape((*leading, *self.shape))
+            return rows.reshape(leading + self.shape)
         rest = self.shape[: self.dim] + self.shape[self.dim + 1 :]
         return rows.reshape((*leading, self.rows, *rest)).movedim(len(leading), len(leading) + self.dim)
 
@@ -64,6 +64,12 @@ class Rows:
         flat = torch.zeros(self.rows, self.width, dtype=torch.bool)
         flat[row, column] = True
         return tuple(self.join(flat).nonzero()[0].tolist())
+
+
+@functools.lru_cache(maxsize=256)
+def rows_of(shape: tuple[int, ...], dim: int | None) -> Rows:
+    """The same `Rows` for the same shape: one forward call is like the last."""
+    return Rows(shape, dim)
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,8 @@ class Block:
 
     x: Tensor
     layouts: tuple[Rows, ...]
-    members: tuple[int, ...]
-    positions: tuple[int, ...]
+    members: Sequence[int]
+    positions: Sequence[int]
     names: Sequence[str]
 
     @classmethod
@@ -90,16 +96,17 @@ class Block:
         names: Sequence[str],
     ) -> Block:  # fmt: skip
         """A block of these tensors, whose rows are at these axes."""
-        layouts = tuple(Rows(tensor.shape, dim) for tensor, dim in zip(tensors, dims, strict=True))
+        layouts = tuple(rows_of(tensor.shape, dim) for tensor, dim in zip(tensors, dims, strict=True))
         rows = [layout.split(tensor) for layout, tensor in zip(layouts, tensors, strict=True)]
         x = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        return cls(x, layouts, tuple(members), tuple(positions), names)
+        return cls(x, layouts, members, positions, names)
 
     def apart(self, rows: Tensor) -> list[Tensor]:
         """(*leading, rows, width) -> (*leading, *shape) for each tensor."""
         if len(self.layouts) == 1:
             return [self.layouts[0].join(rows)]
-        parts = rows.split([layout.width for layout in self.layouts], -1)
+        # Tensor.split, written in Python, takes five times as long
+        parts = rows.split_with_sizes([layout.width for layout in self.layouts], -1)
         return [layout.join(part) for layout, part in zip(self.layouts, parts, strict=True)]
 
     def steps(self, step_size: StepSize, stencil: Stencil, eps: float) -> Steps:
@@ -152,8 +159,11 @@ class Moves(ABC):
         """(count, rows), double: the steps as they came out of rounding, weighted like the outputs will be."""
 
     @abstractmethod
-    def add(self, slopes: Tensor, gradient: Tensor) -> None:
-        """Add dual x slope of every move to the (rows, width) gradient of the block, slopes being (count, rows)."""
+    def added(self, slopes: Tensor, gradient: Tensor | None) -> Tensor:
+        """The (rows, width) gradient of the block with dual x slope of every move added, slopes being (count, rows).
+
+        `gradient` is what earlier moves gave, in double precision, and may be changed; None before the first.
+        """
 
     @abstractmethod
     def mirrored(self, chosen: Sequence[int]) -> Moves:
@@ -170,7 +180,7 @@ class CoordinateMoves(Moves):
 
     block: Block
     stencil: Stencil
-    columns: Tensor
+    columns: range | Tensor
     steps: Tensor
     """(count, rows), signed."""
 
@@ -181,32 +191,42 @@ class CoordinateMoves(Moves):
 
     @functools.cached_property
     def _start(self) -> Tensor:
-        return self.block.x.T[self.columns]
+        return _columns(self.block.x, self.columns).T
 
     @functools.cached_property
     def _moved(self) -> Tensor:
         """(count, evaluated offsets, rows)."""
         moved = [torch.add(self._start, self.steps, alpha=offset) for offset in self.stencil.evaluated]
-        return torch.stack(moved, 1)
+        return moved[0].unsqueeze(1) if len(moved) == 1 else torch.stack(moved, 1)
 
     def points(self) -> Tensor:
         """See `Moves.points`."""
         x, moved = self.block.x, self._moved
-        points = x.expand(*moved.shape[:2], *x.shape).clone(memory_format=torch.contiguous_format)
+        points = x.expand(moved.shape[:2] + x.shape).clone(memory_format=torch.contiguous_format)
+        if isinstance(self.columns, range):
+            points.diagonal(self.columns.start, 0, 3).copy_(moved.permute(1, 2, 0))
+            return points
         return points.scatter_(3, self.columns.view(-1, 1, 1, 1).expand(*moved.shape, 1), moved.unsqueeze(-1))
 
     def realised(self, weights: Sequence[float]) -> Tensor:
         """See `Moves.realised`."""
-        return weighted(_wide(self._moved), _wide(self._start), weights)
+        return weighted(_wide(self._moved), self._start, weights)
 
-    def add(self, slopes: Tensor, gradient: Tensor) -> None:
-        """See `Moves.add`."""
-        gradient.index_copy_(1, self.columns, slopes.T)
+    def added(self, slopes: Tensor, gradient: Tensor | None) -> Tensor:
+        """See `Moves.added`."""
+        if gradient is None:
+            if self.columns == range(self.block.x.shape[1]):
+                return slopes.T
+            gradient = torch.zeros(self.block.x.shape, dtype=slopes.dtype, device=slopes.device)
+        columns = self.columns
+        gradient[:, slice(columns.start, columns.stop) if isinstance(columns, range) else columns] = slopes.T
+        return gradient
 
     def mirrored(self, chosen: Sequence[int]) -> CoordinateMoves:
         """See `Moves.mirrored`."""
-        some = torch.tensor(chosen, device=self.columns.device)
-        return CoordinateMoves(self.block, self.stencil.mirrored(), self.columns[some], self.steps[some])
+        some = torch.tensor(chosen, device=self.steps.device)
+        columns = some + self.columns.start if isinstance(self.columns, range) else self.columns[some]
+        return CoordinateMoves(self.block, self.stencil.mirrored(), columns, self.steps[some])
 
     def describe(self, move: int, offset: int) -> str:
         """See `Moves.describe`."""
@@ -238,12 +258,13 @@ class RandomMoves(Moves):
     def realised(self, weights: Sequence[float]) -> Tensor:
         """See `Moves.realised`: the component along the direction, relative to its length."""
         wanted = _wide(self.displacements)
-        moved = weighted(_wide(self.points()), _wide(self.block.x), weights)
+        moved = weighted(_wide(self.points()), self.block.x, weights)
         return (moved * wanted).sum(-1) / wanted.square().sum(-1)
 
-    def add(self, slopes: Tensor, gradient: Tensor) -> None:
-        """See `Moves.add`."""
-        gradient += torch.einsum("nr,nrd->rd", slopes * self.share, _wide(self.displacements))
+    def added(self, slopes: Tensor, gradient: Tensor | None) -> Tensor:
+        """See `Moves.added`."""
+        more = torch.einsum("nr,nrd->rd", slopes * self.share, _wide(self.displacements))
+        return more if gradient is None else gradient.add_(more)
 
     def mirrored(self, chosen: Sequence[int]) -> RandomMoves:
         """See `Moves.mirrored`."""
@@ -293,11 +314,9 @@ class Coordinates:
                 # rows with room on both sides have it for the shorter reach of the two-sided formula
                 steps = torch.where(one_sided, sizes, sizes * (stencil.reach / formula.reach))
             portion = max(1, points // len(formula.evaluated))
-            if portion >= block.x.shape[1] == len(columns):
-                yield CoordinateMoves(block, formula, columns, steps.T)
-                continue
-            for some in columns.split(portion) if len(columns) else ():
-                yield CoordinateMoves(block, formula, some, steps.T[some])
+            for start in range(0, len(columns), portion):
+                some = columns[start : start + portion]
+                yield CoordinateMoves(block, formula, some, _columns(steps, some).T)
 
 
 @dataclass(frozen=True)
@@ -366,12 +385,21 @@ class Orthogonal(_Random):
         return directions
 
 
-def _by_formula(stencil: Stencil, one_sided: Tensor | None, x: Tensor) -> list[tuple[Stencil, Tensor]]:
+def _by_formula(
+    stencil: Stencil, one_sided: Tensor | None, x: Tensor
+) -> list[tuple[Stencil, range]] | list[tuple[Stencil, Tensor]]:
     """Columns under the stencil, and those that a bound forces, in some row, to one side."""
     if one_sided is None:
-        return [(stencil, torch.arange(x.shape[1], device=x.device))]
+        return [(stencil, range(x.shape[1]))]
     forced = one_sided.any(0)
     return [(stencil, (~forced).nonzero()[:, 0]), (stencil.one_sided(), forced.nonzero()[:, 0])]
+
+
+def _columns(rows: Tensor, columns: range | Tensor) -> Tensor:
+    """Some columns of (rows, width)."""
+    if not isinstance(columns, range):
+        return rows[:, columns]
+    return rows if len(columns) == rows.shape[1] else rows[:, columns.start : columns.stop]
 
 
 def weighted(values: Tensor, origin: Tensor, weights: Sequence[float]) -> Tensor:
@@ -379,7 +407,9 @@ def weighted(values: Tensor, origin: Tensor, weights: Sequence[float]) -> Tensor
 
     The weights sum to 0, some of them only up to rounding: what did not move has to cancel before they are applied.
     """
-    total = (values[:, 0] - origin) * weights[0]
+    total = values[:, 0] - origin
+    if weights[0] != 1.0:
+        total *= weights[0]
     for j, weight in enumerate(weights[1:], 1):
         total = total.add_(values[:, j] - origin, alpha=weight)
     return total

@@ -148,7 +148,8 @@ def contract(
     """
     stencil = moves.stencil
     shape = (moves.count, len(stencil.evaluated))
-    values = [_wide(output).view(*shape, *output.shape[1:]) for output in outputs]
+    # in double precision from here on: what is subtracted from these or multiplied with them is promoted
+    values = [_wide(output).view(shape + output.shape[1:]) for output in outputs]
     slopes = _slopes(moves, stencil, values, cotangents, first, out_dims)
     if all_finite(slopes):
         return slopes
@@ -174,12 +175,12 @@ def _slopes(
     out_dims: Sequence[int] | None,
 ) -> Tensor:
     """Slopes by a stencil on some of the offsets at which the moves were evaluated."""
-    by_offset = dict(zip(stencil.offsets, stencil.weights, strict=True))
-    weights = [by_offset.get(offset, 0.0) for offset in moves.stencil.evaluated]
+    own = stencil is moves.stencil
+    weights = stencil.evaluated_weights if own else stencil.weights_at(moves.stencil.evaluated)
     total: Tensor | None = None
     for k, (value, cotangent) in enumerate(zip(values, cotangents, strict=True)):
-        difference = weighted(value, _wide(first[k]), weights)
-        share = _by_row(difference.mul_(_wide(cotangent)), 0 if out_dims is None else out_dims[k])
+        difference = weighted(value, first[k], weights)
+        share = _by_row(difference.mul_(cotangent), 0 if out_dims is None else out_dims[k])
         if out_dims is None:
             share = share.sum(1, keepdim=True)
         total = share if total is None else total + share

@@ -20,6 +20,9 @@ from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.outputs import Outputs, check_same_kind
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
+Where = str | tuple[Callable[[int], str], int]
+"""Which evaluation: a text, or a function and the index that it is to be asked for."""
+
 __all__ = ["Call", "EvaluationCount", "Evaluator", "Points", "SerialEvaluation", "StackedEvaluation"]
 
 
@@ -82,8 +85,13 @@ class Call:
         self._dtype: torch.dtype | None = None
         self.replay: RandomStreams | None = None
 
-    def __call__(self, tensors: Sequence[Tensor], where: str | Callable[[], str], copies: int = 1) -> list[Tensor]:
-        """Evaluate at tensors that the blackbox may keep; returns the numbers among the outputs.
+    def __call__(self, tensors: Sequence[Tensor], where: Where, copies: int = 1) -> list[Tensor]:
+        """Evaluate at tensors that the blackbox may keep; returns the numbers among the outputs. Under no_grad.
+
+        Args:
+            tensors: the arguments of the blackbox.
+            where: says which evaluation this is, should it fail; or a function that does, with its argument.
+            copies: how many points are stacked in it.
 
         Raises:
             BlackboxError: the blackbox raised, or returned another structure, shape or dtype than before.
@@ -105,7 +113,7 @@ class Call:
             count.seconds += time.perf_counter() - start
         usual = copies == 1 and isinstance(value, Tensor)
         if usual and value.shape == self._shape and value.dtype == self._dtype:
-            return [value.detach().clone()]
+            return [value.clone()]
         outputs = Outputs.of(value, self.label)
         remedy = "return the same structure for every input"
         if copies > 1:
@@ -113,7 +121,7 @@ class Call:
         if self._first is None:
             self.first = outputs
         else:
-            check_same_kind(self._first, outputs, self.label, remedy, where, copies, self.out_dims)
+            check_same_kind(self._first, outputs, self.label, remedy, lambda: _text(where), copies, self.out_dims)
         return outputs.tensors
 
     @property
@@ -219,20 +227,17 @@ class StackedEvaluation:
                 tensor[0] if dim is None else _stacked(tensor, dim)
                 for tensor, dim in zip(portion.tensors, call.in_dims, strict=True)
             ]
-            outputs = call(
-                stacked,
-                lambda n=count, points=portion: f"{n} points stacked, the first {points.describe(0)}",  # type: ignore[misc]
-                copies=count,
-            )
+            outputs = call(stacked, (_describe_stack(portion), count), copies=count)
             yield [_unstacked(tensor, dim, count) for tensor, dim in zip(outputs, call.out_dims, strict=True)]
+
+
+def _describe_stack(portion: Points) -> Callable[[int], str]:
+    return lambda count: f"{count} points stacked, the first {portion.describe(0)}"
 
 
 def _one_by_one(call: Call, portion: Points) -> list[Tensor]:
     points = zip(*(tensor.unbind(0) for tensor in portion.tensors), strict=True)
-    outputs = [
-        call(point, lambda index=index: portion.describe(index))  # type: ignore[misc]
-        for index, point in enumerate(points)
-    ]
+    outputs = [call(point, (portion.describe, index)) for index, point in enumerate(points)]
     return [torch.stack(same) for same in zip(*outputs, strict=True)]
 
 
@@ -253,8 +258,8 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _text(where: str | Callable[[], str]) -> str:
-    return where if isinstance(where, str) else where()
+def _text(where: Where) -> str:
+    return where if isinstance(where, str) else where[0](where[1])
 
 
 def _check_bytes(name: str, value: int) -> None:

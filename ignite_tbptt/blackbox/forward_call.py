@@ -30,16 +30,10 @@ class Options:
 
     estimator: Estimator
     evaluator: Evaluator
-    in_dims: Any
     out_dims: int | Sequence[int]
     dtype: torch.dtype | None
     label: str
     device: str | None
-    names: Sequence[str] | None = None
-
-    def named(self, k: int) -> str:
-        """What a tensor is called in messages."""
-        return f"input {k}" if self.names is None else self.names[k]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +47,6 @@ class Known:
 def make_options(
     estimator: Estimator | None,
     evaluator: Evaluator | None,
-    in_dims: Any,
     out_dims: int | Sequence[int],
     dtype: torch.dtype | None,
     label: str,
@@ -74,30 +67,50 @@ def make_options(
             )
     estimator = CentralDifference() if estimator is None else estimator
     evaluator = SerialEvaluation() if evaluator is None else evaluator
-    return Options(estimator, evaluator, in_dims, out_dims, dtype, label, device)
+    return Options(estimator, evaluator, out_dims, dtype, label, device)
 
 
 class ForwardCall:
-    """One forward call, and what its backward needs."""
+    """One forward call, and what its backward needs.
+
+    Args:
+        fn: called with one tensor for each argument.
+        options: what stays the same from call to call.
+        count: where evaluations are counted.
+        in_dims: the batch axis of each tensor, or None.
+        names: what each tensor is called in messages; None numbers them.
+        known: what fn gives, where that is known already.
+    """
 
     def __init__(
-        self, fn: Callable[..., Any], options: Options, count: EvaluationCount, known: Known | None = None
+        self,
+        fn: Callable[..., Any],
+        options: Options,
+        count: EvaluationCount,
+        in_dims: Sequence[int | None] | None = None,
+        names: Sequence[str] | None = None,
+        known: Known | None = None,
     ) -> None:
         self.fn, self.options, self.count, self.known = fn, options, count, known
+        self.in_dims, self.names = in_dims, names
         self.differentiable = False
         self.differences: Differences | None = None
         self.outputs: Outputs | None = None
 
+    def named(self, k: int) -> str:
+        """What a tensor is called in messages."""
+        return f"input {k}" if self.names is None else self.names[k]
+
     def again(self) -> ForwardCall:
         """A session for another entry of a vmapped call."""
-        session = ForwardCall(self.fn, self.options, self.count)
+        session = ForwardCall(self.fn, self.options, self.count, self.in_dims, self.names)
         session.differentiable = self.differentiable
         return session
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate at x, or take what is known; returns the numbers in the output."""
         options = self.options
-        in_dims = _checked_in_dims(options, tensors)
+        in_dims = self._checked_in_dims(tensors)
         # what is evaluated with autocast off differs from what the module itself computed under it
         autocast = any(torch.is_autocast_enabled(kind) for kind in {tensor.device.type for tensor in tensors})
         cast = functools.partial(_cast, dtype=options.dtype, device=options.device, autocast=autocast)
@@ -114,10 +127,44 @@ class ForwardCall:
             call = Call(self.fn, options.label, self.count, in_dims, out_dims)
             if self.known is None or not (autocast or options.dtype or options.device):
                 call.first = outputs
-            names = options.names or [f"input {k}" for k in range(len(tensors))]
+            names = self.names or [f"input {k}" for k in range(len(tensors))]
             draws = streams.have_moved()
             self.differences = Differences(call, options.estimator, options.evaluator, names, cast, streams, draws)
         return self._as_arguments(outputs, tensors)
+
+    def _checked_in_dims(self, tensors: Sequence[Tensor]) -> list[int | None] | None:
+        """Batch axes, none of them negative, all of one size."""
+        if self.in_dims is None:
+            return None
+        label = self.options.label
+        if len(self.in_dims) != len(tensors):
+            raise ValueError(
+                f"in_dims has {len(self.in_dims)} entries for {len(tensors)} tensors of {label}; give one for "
+                "each, None where all rows share it"
+            )
+        dims: list[int | None] = []
+        rows: int | None = None  # of the first tensor that has any
+        for k, (dim, tensor) in enumerate(zip(self.in_dims, tensors, strict=True)):
+            if dim is None:
+                dims.append(None)
+                continue
+            if not -tensor.dim() <= dim < tensor.dim():
+                raise ValueError(
+                    f"in_dims gives axis {dim} for {self.named(k)} of {label}, whose shape is {tuple(tensor.shape)}: "
+                    "there is no such axis; give None where all rows share it"
+                )
+            size = tensor.shape[dim]
+            if rows is not None and size != rows:
+                first = self.named(next(k for k, dim in enumerate(dims) if dim is not None))
+                raise ValueError(
+                    f"in_dims: {first} has {rows} rows and {self.named(k)} has {size}; the batch axes of all arguments "
+                    f"of {label} must be of one size"
+                )
+            rows = size
+            dims.append(dim % tensor.dim())
+        if rows is None:
+            raise ValueError(f"in_dims names a batch axis for none of the tensors of {label}; leave it out")
+        return dims
 
     def _as_arguments(self, outputs: Outputs, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Output tensors in the precision and on the device that the caller uses, in memory of their own."""
@@ -140,37 +187,6 @@ class ForwardCall:
         """The nest that the function returned, with these tensors."""
         assert self.outputs is not None
         return self.outputs.rebuilt(flat)
-
-
-def _checked_in_dims(options: Options, tensors: Sequence[Tensor]) -> list[int | None] | None:
-    """Batch axes, none of them negative, all of one size."""
-    if options.in_dims is None:
-        return None
-    if len(options.in_dims) != len(tensors):
-        raise ValueError(
-            f"in_dims has {len(options.in_dims)} entries for {len(tensors)} tensors of {options.label}; give one for "
-            "each, None where all rows share it"
-        )
-    dims: list[int | None] = []
-    size: tuple[int, str] | None = None
-    for k, (dim, tensor) in enumerate(zip(options.in_dims, tensors, strict=True)):
-        name = options.named(k)
-        if dim is not None and not -tensor.dim() <= dim < tensor.dim():
-            raise ValueError(
-                f"in_dims gives axis {dim} for {name} of {options.label}, whose shape is {tuple(tensor.shape)}: there "
-                "is no such axis; give None where all rows share it"
-            )
-        dims.append(None if dim is None else dim % tensor.dim())
-        if dim is not None:
-            if size is not None and tensor.shape[dim] != size[0]:
-                raise ValueError(
-                    f"in_dims: {size[1]} has {size[0]} rows and {name} has {tensor.shape[dim]}; the batch axes of all "
-                    f"arguments of {options.label} must be of one size"
-                )
-            size = tensor.shape[dim], name
-    if size is None:
-        raise ValueError(f"in_dims names a batch axis for none of the tensors of {options.label}; leave it out")
-    return dims
 
 
 def _checked_out_dims(

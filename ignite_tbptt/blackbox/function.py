@@ -11,7 +11,6 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
@@ -41,10 +40,11 @@ class BlackboxFunction(Generic[P, R]):
 
     __name__: str
 
-    def __init__(self, fn: Callable[P, R], options: Options, numpy: bool, count: EvaluationCount) -> None:
+    def __init__(self, fn: Callable[P, R], options: Options, in_dims: Any, numpy: bool, count: EvaluationCount) -> None:
         functools.update_wrapper(self, fn)
         self._fn = fn
         self._options = options
+        self._in_dims = in_dims
         self._numpy = numpy
         self.count = count
 
@@ -62,9 +62,9 @@ class BlackboxFunction(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function on copies of the tensors among the arguments."""
         arguments = Arguments(self._fn, args, kwargs, numpy=self._numpy)
-        in_dims = arguments.flat_in_dims(self._options.in_dims)
-        options = replace(self._options, in_dims=in_dims, names=arguments)
-        return cast("R", _call(arguments.as_function, arguments.tensors, options, self.count))
+        in_dims = arguments.flat_in_dims(self._in_dims)
+        session = ForwardCall(arguments.as_function, self._options, self.count, in_dims, arguments)
+        return cast("R", _call(session, arguments.tensors))
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         """Bind like a function, so that methods can be decorated."""
@@ -78,7 +78,7 @@ class BlackboxFunction(Generic[P, R]):
             found = getattr(found, part, None)
         if found is self:
             return name
-        return BlackboxFunction, (self._fn, self._options, self._numpy, self.count)
+        return BlackboxFunction, (self._fn, self._options, self._in_dims, self._numpy, self.count)
 
     def __repr__(self) -> str:
         return f"blackbox({self._options.label}, estimator={self._options.estimator})"
@@ -187,8 +187,8 @@ def blackbox(
         )
     if dtype is None and numpy:
         dtype = torch.float64
-    options = make_options(estimator, evaluator, in_dims, out_dims, dtype, _name(fn), "cpu" if numpy else None)
-    return BlackboxFunction(fn, options, numpy, EvaluationCount() if count is None else count)
+    options = make_options(estimator, evaluator, out_dims, dtype, _name(fn), "cpu" if numpy else None)
+    return BlackboxFunction(fn, options, in_dims, numpy, EvaluationCount() if count is None else count)
 
 
 def differentiable_call(
@@ -229,28 +229,19 @@ def differentiable_call(
     Raises:
         See `blackbox`.
     """
-    in_dims = None if in_dims is None else tuple(in_dims)
-    options = make_options(estimator, evaluator, in_dims, out_dims, dtype, label or _name(fn), None)
-    if names is not None:
-        options = replace(options, names=names)
+    options = make_options(estimator, evaluator, out_dims, dtype, label or _name(fn), None)
     known = None if outputs is None else Known(outputs, streams)
-    return _call(fn, tensors, options, EvaluationCount() if count is None else count, known)
+    count = EvaluationCount() if count is None else count
+    return _call(ForwardCall(fn, options, count, in_dims, names, known), tensors)
 
 
-def _call(
-    fn: Callable[..., Any],
-    tensors: Sequence[Tensor],
-    options: Options,
-    count: EvaluationCount,
-    known: Known | None = None,
-) -> Any:
+def _call(session: ForwardCall, tensors: Sequence[Tensor]) -> Any:
     for k, tensor in enumerate(tensors):
         if tensor.is_complex() and tensor.requires_grad:
             raise TypeError(
-                f"{options.named(k)} of {options.label} is complex and requires grad: steps are taken along real "
-                "numbers; pass torch.view_as_real(input) and put the parts together inside the function"
+                f"{session.named(k)} of {session.options.label} is complex and requires grad: steps are taken along "
+                "real numbers; pass torch.view_as_real(input) and put the parts together inside the function"
             )
-    session = ForwardCall(fn, options, count, known)
     transformed = torch._C._are_functorch_transforms_active()
     if transformed or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         session.differentiable = True

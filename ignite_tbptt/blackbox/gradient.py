@@ -8,12 +8,13 @@ at all. Pairs with `function`, which holds a `Differences` for every forward cal
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,28 +100,53 @@ class Differences:
         used = [
             k for k, v in enumerate(cotangents) if v is not None and first.tensors[k].is_floating_point() and v.numel()
         ]
-        wanted = [k for k, need in enumerate(needed) if need and points[k].numel()]
-        found: list[Tensor | None] = [
-            torch.zeros_like(point) if need and (not used or not point.numel()) else None
-            for point, need in zip(points, needed, strict=True)
-        ]
-        if not used or not wanted:
-            return found
-        task = _Task(self, points, first, used, [_there(cotangents[k]).to(first.tensors[k].device) for k in used])
         in_dims = self.call.in_dims or [None] * len(points)
-        if any(in_dims[k] is not None for k in wanted):
-            task.probe_rows()
-        positions = {k: position for position, k in enumerate(k for k, need in enumerate(needed) if need)}
-        # rows that move together have to be there together, and in one precision
-        kinds = dict.fromkeys((in_dims[k] is not None, points[k].dtype) for k in wanted)
-        for rows_move, dtype in kinds:
-            members = [k for k in wanted if (in_dims[k] is not None, points[k].dtype) == (rows_move, dtype)]
-            some = [points[k] for k in members], [in_dims[k] for k in members]
-            block = Block.of(*some, members, [positions[k] for k in members], self.names)
-            for k, gradient in zip(members, block.apart(task.along(block, rows_move)), strict=True):
-                found[k] = gradient
-                task.doubt_if_zero(k, positions[k], gradient)
-        return found
+        kinds = tuple(
+            (point.dtype, dim, point.numel() > 0) if need else None
+            for point, dim, need in zip(points, in_dims, needed, strict=True)
+        )
+        groups = _groups(kinds) if used else ()
+        found: list[Tensor | None] = [None] * len(points)
+        if groups:
+            task = _Task(self, points, first, used, [_there(cotangents[k]).to(first.tensors[k].device) for k in used])
+            if any(group.rows_move for group in groups):
+                task.probe_rows()
+        for group in groups:
+            members = group.members
+            block = Block.of([points[k] for k in members], group.dims, members, group.positions, self.names)
+            gradient = task.along(block, group.rows_move).to(block.x.dtype)
+            for k, part in zip(members, block.apart(gradient), strict=True):
+                found[k] = part
+            if not bool(gradient.all()):
+                for k, position in zip(members, group.positions, strict=True):
+                    task.doubt_if_zero(k, position, _there(found[k]))
+        return [
+            torch.zeros_like(point) if need and gradient is None else gradient
+            for point, need, gradient in zip(points, needed, found, strict=True)
+        ]
+
+
+class _Group(NamedTuple):
+    """Tensors that are moved together: in one precision, and all with rows of their own or all without."""
+
+    rows_move: bool
+    members: tuple[int, ...]
+    dims: tuple[int | None, ...]
+    positions: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(kinds: tuple[tuple[torch.dtype, int | None, bool] | None, ...]) -> tuple[_Group, ...]:
+    """The groups among tensors, given the dtype, the axis of the rows and whether there are elements, of each.
+
+    None stands for a tensor that needs no gradient. Positions are counted among those that do.
+    """
+    needed = [(k, kind) for k, kind in enumerate(kinds) if kind is not None]
+    groups: dict[tuple[bool, torch.dtype], list[tuple[int, int | None, int]]] = {}
+    for position, (k, (dtype, dim, any_elements)) in enumerate(needed):
+        if any_elements:
+            groups.setdefault((dim is not None, dtype), []).append((k, dim, position))
+    return tuple(_Group(rows_move, *zip(*tensors, strict=True)) for (rows_move, _), tensors in groups.items())
 
 
 class _Task:
@@ -147,15 +173,15 @@ class _Task:
                 under_way.append(moves)
                 yield self._points_of(moves, rows_move)
 
-        gradient = _zeros(block.x)
+        gradient: Tensor | None = None
         for outputs in owner.evaluator.evaluate(self.call, portions()):
             moves = under_way.popleft()
             slopes = self._contracted(moves, outputs, rows_move)
             if not all_finite(slopes):
                 self._check_finite_at_x()
                 slopes = self._from_the_other_side(moves, slopes, rows_move)
-            moves.add(slopes, gradient)
-        return gradient
+            gradient = moves.added(slopes, gradient)
+        return _there(gradient)
 
     def _check_finite_at_x(self) -> None:
         """Refuse a point at which no difference can be taken."""
@@ -356,15 +382,22 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor in memory without gaps, as a copy of it is; only looked at, so maybe the same one."""
+    return tensor if tensor.is_contiguous() else tensor.clone()
+
+
+def _like(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient as the tensor itself is: finding out costs a tenth of a `to` that has nothing to do."""
+    if gradient.dtype == tensor.dtype and gradient.device == tensor.device:
+        return gradient
+    return gradient.to(device=tensor.device, dtype=tensor.dtype)
+
+
 def _copied_like(point: Tensor, points: Tensor) -> Tensor:
     """Points in memory of their own, each with the strides of the given one."""
     strides = (point.numel(), *point.stride())
     return torch.empty_strided(points.shape, strides, dtype=point.dtype, device=point.device).copy_(points)
-
-
-def _zeros(x: Tensor) -> Tensor:
-    dtype = x.dtype if x.device.type == "mps" else torch.float64
-    return torch.zeros(x.shape, dtype=dtype, device=x.device)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -79,6 +79,8 @@ class Outputs:
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
         """The nest again, with other tensors in the places of these."""
+        if self.spec is _LEAF:
+            return tensors[0]
         leaves = [tensors[leaf.value] if isinstance(leaf, _Index) else leaf for leaf in self.rest]
         return tree_unflatten(leaves, self.spec)
 
@@ -136,15 +138,14 @@ def check_same_kind(
     later: Outputs,
     label: str,
     remedy: str,
-    where: str | Callable[[], str],
+    where: Callable[[], str],
     copies: int,
     out_dims: Sequence[int] | None,
 ) -> None:
     """Raise BlackboxError where `same_kind` finds a difference."""
     difference = same_kind(first, later, copies, out_dims)
     if difference is not None:
-        place = where if isinstance(where, str) else where()
         raise BlackboxError(
-            f"{label} returned {difference} when evaluated again ({place}): differences of such outputs mean nothing; "
-            f"{remedy}"
+            f"{label} returned {difference} when evaluated again ({where()}): differences of such outputs mean "
+            f"nothing; {remedy}"
         )

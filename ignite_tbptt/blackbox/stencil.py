@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -47,7 +47,7 @@ class Stencil:
                 "forward(), backward() and central() have them ready"
             )
 
-    @property
+    @functools.cached_property
     def weights(self) -> tuple[float, ...]:
         """The weight of each evaluation, in the order of the offsets."""
         return tuple(float(weight) for weight in _weights(self.offsets))
@@ -73,10 +73,20 @@ class Stencil:
         """The largest distance from x, in steps."""
         return max(abs(offset) for offset in self.offsets)
 
-    @property
+    @functools.cached_property
     def evaluated(self) -> tuple[int, ...]:
         """The offsets that cost an evaluation: all but 0."""
         return tuple(offset for offset in self.offsets if offset)
+
+    def weights_at(self, offsets: Sequence[int]) -> tuple[float, ...]:
+        """The weights in the order of other offsets than its own; 0 at those that it does not use."""
+        by_offset = dict(zip(self.offsets, self.weights, strict=True))
+        return tuple(by_offset.get(offset, 0.0) for offset in offsets)
+
+    @functools.cached_property
+    def evaluated_weights(self) -> tuple[float, ...]:
+        """The weights of the offsets that cost an evaluation."""
+        return self.weights_at(self.evaluated)
 
     @property
     def is_two_sided(self) -> bool:
