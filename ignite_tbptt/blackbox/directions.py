@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+# Random moves are made, and compared with what they came out as, so many bytes at a time.
+_POINTS_BYTES = 2**20
+
+
 class Rows:
     """A tensor's shape, seen as independent rows of some width; as a single row where `dim` is None."""
 
@@ -151,8 +155,8 @@ class Moves(ABC):
         """Number of moves."""
 
     @abstractmethod
-    def points(self) -> Tensor:
-        """The block at all evaluated offsets of all moves, (count, evaluated offsets, rows, width)."""
+    def points(self, start: int, stop: int) -> Tensor:
+        """The block at all evaluated offsets of moves start to stop, (moves, evaluated offsets, rows, width)."""
 
     @abstractmethod
     def realised(self, weights: Sequence[float]) -> Tensor:
@@ -199,14 +203,16 @@ class CoordinateMoves(Moves):
         moved = [torch.add(self._start, self.steps, alpha=offset) for offset in self.stencil.evaluated]
         return moved[0].unsqueeze(1) if len(moved) == 1 else torch.stack(moved, 1)
 
-    def points(self) -> Tensor:
+    def points(self, start: int, stop: int) -> Tensor:
         """See `Moves.points`."""
-        x, moved = self.block.x, self._moved
+        x, moved, columns = self.block.x, self._moved, self.columns
+        if (start, stop) != (0, self.count):
+            moved, columns = moved[start:stop], columns[start:stop]
         points = x.expand(moved.shape[:2] + x.shape).clone(memory_format=torch.contiguous_format)
-        if isinstance(self.columns, range):
-            points.diagonal(self.columns.start, 0, 3).copy_(moved.permute(1, 2, 0))
+        if isinstance(columns, range):
+            points.diagonal(columns.start, 0, 3).copy_(moved.permute(1, 2, 0))
             return points
-        return points.scatter_(3, self.columns.view(-1, 1, 1, 1).expand(*moved.shape, 1), moved.unsqueeze(-1))
+        return points.scatter_(3, columns.view(-1, 1, 1, 1).expand(*moved.shape, 1), moved.unsqueeze(-1))
 
     def realised(self, weights: Sequence[float]) -> Tensor:
         """See `Moves.realised`."""
@@ -251,14 +257,15 @@ class RandomMoves(Moves):
         """Number of moves."""
         return len(self.displacements)
 
-    def points(self) -> Tensor:
+    def points(self, start: int, stop: int) -> Tensor:
         """See `Moves.points`."""
-        return torch.stack([self.block.x + offset * self.displacements for offset in self.stencil.evaluated], 1)
+        displacements = self.displacements[start:stop]
+        return torch.stack([self.block.x + offset * displacements for offset in self.stencil.evaluated], 1)
 
     def realised(self, weights: Sequence[float]) -> Tensor:
         """See `Moves.realised`: the component along the direction, relative to its length."""
         wanted = _wide(self.displacements)
-        moved = weighted(_wide(self.points()), self.block.x, weights)
+        moved = weighted(_wide(self.points(0, self.count)), self.block.x, weights)
         return (moved * wanted).sum(-1) / wanted.square().sum(-1)
 
     def added(self, slopes: Tensor, gradient: Tensor | None) -> Tensor:
@@ -290,7 +297,7 @@ class Directions(Protocol):
             stencil: the formula that slopes are taken by.
             step_size: how far.
             eps: relative precision, see `StepSize.each`.
-            points: how many evaluations may lie in memory at a time.
+            points: of how many evaluations the outputs may lie in memory at a time.
             draw: how many gradients were estimated before: random directions are new each time.
         """
         ...
@@ -349,6 +356,8 @@ class _Random(ABC):
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + draw) % 2**63)
         directions = self._directions(block.x.shape[0], block.x.shape[1], generator)
         h = step_size.along(block.apart(block.x), stencil, eps, float(directions.abs().max()))
+        # unlike those of coordinates, moves are as large as the points themselves
+        points = min(points, _POINTS_BYTES // block.x.nbytes)
         for some in directions.split(max(1, points // len(stencil.evaluated))):
             yield RandomMoves(block, stencil, (some * h).to(block.x), 1 / (len(directions) * h * h))
 

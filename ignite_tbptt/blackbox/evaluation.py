@@ -11,19 +11,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.outputs import Outputs, check_same_kind
+from ignite_tbptt.blackbox.outputs import Outputs, check_same_kind, copied
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
 Where = str | tuple[Callable[[int], str], int]
 """Which evaluation: a text, or a function and the index that it is to be asked for."""
 
-__all__ = ["Call", "EvaluationCount", "Evaluator", "Points", "SerialEvaluation", "StackedEvaluation"]
+__all__ = ["Call", "EvaluationCount", "Evaluator", "Points", "SerialEvaluation", "StackedEvaluation", "size_of"]
 
 
 @dataclass
@@ -42,18 +43,35 @@ class EvaluationCount:
     notes: set[str] = field(default_factory=set, repr=False)
 
 
-class Points(NamedTuple):
-    """A portion of points, every tensor with a leading axis over them and memory of its own.
+@dataclass(frozen=True)
+class Points:
+    """A portion of points, made a few at a time: what was just written is still in cache when it is read.
 
     Attributes:
-        tensors: all arguments of the blackbox at these points, each (count, *shape).
+        count: how many they are.
+        size: bytes of one point.
         rows_move: only tensors with independent rows differ between the points, so that they may be stacked.
+        chunks: given about how many to make at a time, yields all arguments of the blackbox at the next points, each
+            (some, *shape) and in memory of its own.
         describe: says which evaluation the one with the given index is.
     """
 
-    tensors: list[Tensor]
+    count: int
+    size: int
     rows_move: bool
+    chunks: Callable[[int], Iterator[list[Tensor]]]
     describe: Callable[[int], str]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], rows_move: bool, describe: Callable[[int], str]) -> Points:
+        """Points that are there already: all arguments, each (count, *shape)."""
+
+        def chunks(some: int) -> Iterator[list[Tensor]]:
+            parts = zip(*(tensor.split(max(1, some)) for tensor in tensors), strict=True)
+            return (list(part) for part in parts)
+
+        count = len(tensors[0])
+        return cls(count, size_of(tensors) // max(1, count), rows_move, chunks, describe)
 
 
 class Call:
@@ -81,8 +99,7 @@ class Call:
         self.in_dims = in_dims
         self.out_dims = out_dims
         self._first: Outputs | None = None
-        self._shape: torch.Size | None = None
-        self._dtype: torch.dtype | None = None
+        self._usual: tuple[Any, ...] = ()
         self.replay: RandomStreams | None = None
 
     def __call__(self, tensors: Sequence[Tensor], where: Where, copies: int = 1) -> list[Tensor]:
@@ -111,9 +128,9 @@ class Call:
             ) from error
         finally:
             count.seconds += time.perf_counter() - start
-        usual = copies == 1 and isinstance(value, Tensor)
-        if usual and value.shape == self._shape and value.dtype == self._dtype:
-            return [value.clone()]
+        kind = type(value)
+        if copies == 1 and kind in (Tensor, np.ndarray) and (kind, value.shape, value.dtype) == self._usual:
+            return [copied(value)]
         outputs = Outputs.of(value, self.label)
         remedy = "return the same structure for every input"
         if copies > 1:
@@ -132,8 +149,10 @@ class Call:
     @first.setter
     def first(self, outputs: Outputs) -> None:
         self._first = outputs
-        if outputs.is_tensor:
-            self._shape, self._dtype = outputs.tensors[0].shape, outputs.tensors[0].dtype
+        if outputs.is_leaf:
+            # nearly every later value is of this kind, and needs no closer look
+            value = outputs.tensors[0].numpy() if outputs.foreign[0] else outputs.tensors[0]
+            self._usual = type(value), value.shape, value.dtype
 
 
 class Evaluator(Protocol):
@@ -142,10 +161,6 @@ class Evaluator(Protocol):
     @property
     def stacks(self) -> bool:
         """Whether one call may get the rows of several points, which is verified before it is relied on."""
-        ...
-
-    def portion(self, point_bytes: int) -> int:
-        """How many points are best prepared at a time, one of them being so large."""
         ...
 
     def evaluate(self, call: Call, portions: Iterable[Points]) -> Iterator[list[Tensor]]:
@@ -158,26 +173,22 @@ class SerialEvaluation:
     """One call a point, one after the other, in the caller's thread.
 
     Args:
-        portion_bytes: points are prepared together up to this size.
+        chunk_bytes: points are made together up to this size, which should fit into the cache.
 
     Raises:
         ValueError: a size below 1.
     """
 
-    portion_bytes: int = 2**20
+    chunk_bytes: int = 2**20
     stacks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_bytes("portion_bytes", self.portion_bytes)
-
-    def portion(self, point_bytes: int) -> int:
-        """See `Evaluator.portion`."""
-        return max(1, min(256, self.portion_bytes // max(1, point_bytes)))
+        _check_bytes("chunk_bytes", self.chunk_bytes)
 
     def evaluate(self, call: Call, portions: Iterable[Points]) -> Iterator[list[Tensor]]:
         """See `Evaluator.evaluate`."""
         for portion in portions:
-            yield _one_by_one(call, portion)
+            yield _one_by_one(call, portion, self.chunk_bytes)
 
 
 # Of fewer points in one call little is gained, and what a function keeps between its own steps leaves the cache.
@@ -205,11 +216,6 @@ class StackedEvaluation:
     def __post_init__(self) -> None:
         _check_bytes("stack_bytes", self.stack_bytes)
 
-    def portion(self, point_bytes: int) -> int:
-        """See `Evaluator.portion`."""
-        fitting = self.stack_bytes // max(1, point_bytes)
-        return fitting if fitting >= _WORTH_STACKING else SerialEvaluation().portion(point_bytes)
-
     def evaluate(self, call: Call, portions: Iterable[Points]) -> Iterator[list[Tensor]]:
         """See `Evaluator.evaluate`."""
         if call.in_dims is None or call.out_dims is None:
@@ -218,26 +224,39 @@ class StackedEvaluation:
                 "in_dims, as in torch.vmap, or use SerialEvaluation()"
             )
         for portion in portions:
-            count = len(portion.tensors[0])
-            size = max(_bytes(portion.tensors), count * _bytes(call.first.tensors if call.first else ()))
-            if count == 1 or size > self.stack_bytes or not portion.rows_move or call.replay is not None:
-                yield _one_by_one(call, portion)
-                continue
-            stacked = [
-                tensor[0] if dim is None else _stacked(tensor, dim)
-                for tensor, dim in zip(portion.tensors, call.in_dims, strict=True)
-            ]
-            outputs = call(stacked, (_describe_stack(portion), count), copies=count)
-            yield [_unstacked(tensor, dim, count) for tensor, dim in zip(outputs, call.out_dims, strict=True)]
+            size = max(portion.size, size_of(call.first.tensors if call.first else ()))
+            fitting = min(portion.count, self.stack_bytes // max(1, size))
+            if fitting < min(portion.count, _WORTH_STACKING) or not portion.rows_move or call.replay is not None:
+                yield _one_by_one(call, portion, SerialEvaluation.chunk_bytes)
+            else:
+                yield _stacks(call, portion, fitting, call.in_dims, call.out_dims)
 
 
-def _describe_stack(portion: Points) -> Callable[[int], str]:
-    return lambda count: f"{count} points stacked, the first {portion.describe(0)}"
+def _stacks(
+    call: Call, portion: Points, fitting: int, in_dims: Sequence[int | None], out_dims: Sequence[int]
+) -> list[Tensor]:
+    """Evaluate so many points in each call, of which only the last may get fewer."""
+    done, found = 0, []
+    for tensors in portion.chunks(fitting):
+        count = len(tensors[0])
+        stacked = [
+            tensor[0] if dim is None else _stacked(tensor, dim) for tensor, dim in zip(tensors, in_dims, strict=True)
+        ]
+        outputs = call(stacked, (_describe_stack(portion, count), done), copies=count)
+        found.append([_unstacked(tensor, dim, count) for tensor, dim in zip(outputs, out_dims, strict=True)])
+        done += count
+    return found[0] if len(found) == 1 else [torch.cat(same) for same in zip(*found, strict=True)]
 
 
-def _one_by_one(call: Call, portion: Points) -> list[Tensor]:
-    points = zip(*(tensor.unbind(0) for tensor in portion.tensors), strict=True)
-    outputs = [call(point, (portion.describe, index)) for index, point in enumerate(points)]
+def _describe_stack(portion: Points, count: int) -> Callable[[int], str]:
+    return lambda first: f"{count} points stacked, the first {portion.describe(first)}"
+
+
+def _one_by_one(call: Call, portion: Points, chunk_bytes: int) -> list[Tensor]:
+    outputs: list[list[Tensor]] = []
+    for tensors in portion.chunks(max(1, chunk_bytes // max(1, portion.size))):
+        points = zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
+        outputs += [call(point, (portion.describe, index)) for index, point in enumerate(points, len(outputs))]
     return [torch.stack(same) for same in zip(*outputs, strict=True)]
 
 
@@ -254,7 +273,8 @@ def _unstacked(tensor: Tensor, dim: int, count: int) -> Tensor:
     return apart.movedim(dim, 0)
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def size_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of all tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

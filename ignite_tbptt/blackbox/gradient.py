@@ -22,13 +22,16 @@ from torch import Tensor
 from ignite_tbptt.blackbox.directions import Block, Moves
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import Estimator, all_finite
-from ignite_tbptt.blackbox.evaluation import Call, Evaluator, Points
+from ignite_tbptt.blackbox.evaluation import Call, Evaluator, Points, size_of
 from ignite_tbptt.blackbox.outputs import Outputs
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
 __all__ = ["Differences", "autocast_off"]
 
 _T = TypeVar("_T")
+
+# Slopes are taken of so many evaluations at a time as leave outputs of this size, or of fewer.
+_PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
 
 # How often it is asked whether an input with a zero gradient matters at all, at one evaluation each time.
 _SEARCHES = 3
@@ -164,7 +167,7 @@ class _Task:
     def along(self, block: Block, rows_move: bool) -> Tensor:
         """The gradient of a block, (rows, width)."""
         owner = self.owner
-        portion = owner.evaluator.portion(max(_bytes(self.points), _bytes(self.first.tensors)))
+        portion = max(1, min(_MOST_AT_A_TIME, _PORTION_BYTES // max(1, size_of(self.first.tensors))))
         draw = self.call.count.gradients
         under_way: deque[Moves] = deque()
 
@@ -201,9 +204,22 @@ class _Task:
 
     def _points_of(self, moves: Moves, rows_move: bool) -> Points:
         offsets = moves.stencil.evaluated
+
+        def chunks(some: int) -> Iterator[list[Tensor]]:
+            step = max(1, some // len(offsets))
+            for start in range(0, moves.count, step):
+                yield self._moved(moves, start, min(moves.count, start + step))
+
+        def describe(index: int) -> str:
+            return moves.describe(index // len(offsets), offsets[index % len(offsets)])
+
+        return Points(moves.count * len(offsets), size_of(self.points), rows_move, chunks, describe)
+
+    def _moved(self, moves: Moves, start: int, stop: int) -> list[Tensor]:
+        """All arguments at all points of some of the moves, each (points, *shape)."""
         block = moves.block
-        moved = dict(zip(block.members, block.apart(moves.points().flatten(0, 1)), strict=True))
-        count = moves.count * len(offsets)
+        moved = dict(zip(block.members, block.apart(moves.points(start, stop).flatten(0, 1)), strict=True))
+        count = (stop - start) * len(moves.stencil.evaluated)
         tensors = []
         for k, point in enumerate(self.points):
             points = moved.get(k)
@@ -213,9 +229,7 @@ class _Task:
             elif points.stride()[1:] != point.stride():
                 points = _copied_like(point, points)
             tensors.append(points)
-        return Points(
-            tensors, rows_move, lambda index: moves.describe(index // len(offsets), offsets[index % len(offsets)])
-        )
+        return tensors
 
     def _from_the_other_side(self, moves: Moves, slopes: Tensor, rows_move: bool) -> Tensor:
         """Take the slopes that are missing from points that mirror those which were not finite."""
@@ -224,7 +238,7 @@ class _Task:
             raise self._not_finite(moves, broken[0], "on both sides")
         mirrored = moves.mirrored(broken)
         step_size, block = self.owner.estimator.step_size, moves.block
-        for position, part in zip(block.positions, block.apart(mirrored.points()), strict=True):
+        for position, part in zip(block.positions, block.apart(mirrored.points(0, len(broken))), strict=True):
             if not torch.equal(step_size.inside(part, position), part):
                 raise self._not_finite(moves, broken[0], "and the other side is out of bounds,")
         (outputs,) = self.owner.evaluator.evaluate(self.call, [self._points_of(mirrored, rows_move)])
@@ -280,7 +294,7 @@ class _Task:
     def _probe_stack(self, moved: list[Tensor], out: list[Tensor]) -> None:
         """Verify once that a batch of twice the size gives the same rows, up to rounding."""
         pair = [torch.stack([m, point]) for m, point in zip(moved, self.points, strict=True)]
-        (stacked,) = self.owner.evaluator.evaluate(self.call, [Points(pair, True, lambda index: "a stack of two")])
+        (stacked,) = self.owner.evaluator.evaluate(self.call, [Points.of(pair, True, lambda index: "a stack of two")])
         for k in self.used:
             want = torch.stack([out[k], self.first.tensors[k]])
             scale = float(want.abs().amax())
@@ -398,10 +412,6 @@ def _copied_like(point: Tensor, points: Tensor) -> Tensor:
     """Points in memory of their own, each with the strides of the given one."""
     strides = (point.numel(), *point.stride())
     return torch.empty_strided(points.shape, strides, dtype=point.dtype, device=point.device).copy_(points)
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _there(value: _T | None) -> _T:

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ignite_tbptt.blackbox.errors import BlackboxError
 
-__all__ = ["Outputs", "check_same_kind", "same_kind"]
+__all__ = ["Outputs", "check_same_kind", "copied", "same_kind"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Outputs:
         Raises:
             TypeError: there is no tensor, array or float in it, or one is complex.
         """
-        if isinstance(value, Tensor):  # the one leaf of most functions
+        if isinstance(value, (Tensor, np.ndarray)):  # the one leaf of most functions
             leaves, spec = [value], _LEAF
         else:
             leaves, spec = tree_flatten(value)
@@ -73,13 +73,13 @@ class Outputs:
         return cls(tensors, foreign, rest, spec)
 
     @property
-    def is_tensor(self) -> bool:
-        """Whether the blackbox returned one tensor and no nest."""
-        return self.spec is _LEAF and not self.foreign[0]
+    def is_leaf(self) -> bool:
+        """Whether the blackbox returned one tensor or array and no nest."""
+        return self.spec is _LEAF
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
         """The nest again, with other tensors in the places of these."""
-        if self.spec is _LEAF:
+        if self.is_leaf:
             return tensors[0]
         leaves = [tensors[leaf.value] if isinstance(leaf, _Index) else leaf for leaf in self.rest]
         return tree_unflatten(leaves, self.spec)
@@ -93,14 +93,21 @@ class _Index:
 _LEAF = tree_flatten(0.0)[1]
 
 
+def copied(value: Any) -> Tensor:
+    """A tensor or an array as a tensor of its own."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.requires_grad else value.clone()
+    return torch.from_numpy(np.array(value, order="C"))
+
+
 def _as_tensor(leaf: Any, label: str) -> Tensor | None:
     if isinstance(leaf, Tensor):
-        return leaf.detach().clone()
+        return copied(leaf)
     if isinstance(leaf, float) and not isinstance(leaf, np.generic):
         return torch.tensor(leaf, dtype=torch.float64)
     if isinstance(leaf, (np.ndarray, np.generic)):
         try:
-            return torch.from_numpy(np.array(leaf, order="C"))
+            return copied(leaf)
         except TypeError as error:
             raise TypeError(
                 f"{label} returned a numpy array of dtype {leaf.dtype}, which torch cannot hold; "

@@ -35,7 +35,7 @@ COORDINATE_ESTIMATORS: dict[str, Estimator] = {
 
 EVALUATORS: dict[str, Evaluator] = {
     "serial": SerialEvaluation(),
-    "serial, a point at a time": SerialEvaluation(portion_bytes=1),
+    "serial, a point at a time": SerialEvaluation(chunk_bytes=1),
     "stacked": StackedEvaluation(),
     "stacked, a few at a time": StackedEvaluation(stack_bytes=700),
 }

@@ -28,7 +28,7 @@ def test_outputs_come_in_the_order_of_the_points(name: str) -> None:
     x, w = torch.randn(7, 4, 3), torch.randn(3)
     call = Call(f, "f", EvaluationCount(), in_dims=[0, None], out_dims=[0, 1])
     call([x[0], w], "at x")
-    portions = [Points([part, w.expand(len(part), 3)], True, str) for part in x.split(3)]
+    portions = [Points.of([part, w.expand(len(part), 3)], True, str) for part in x.split(3)]
     found = list(EVALUATORS[name].evaluate(call, portions))
     assert [len(outputs[0]) for outputs in found] == [3, 3, 1]
     assert torch.equal(torch.cat([outputs[0] for outputs in found]), x * w)
@@ -40,7 +40,7 @@ def test_points_that_move_what_rows_share_are_never_stacked(name: str) -> None:
     x, w = torch.randn(4, 3), torch.randn(5, 3)
     call = Call(lambda x, w: x * w, "f", EvaluationCount(), in_dims=[0, None], out_dims=[0])
     call([x, w[0]], "at x")
-    (found,) = next(EVALUATORS[name].evaluate(call, [Points([x.expand(5, 4, 3).clone(), w], False, str)]))
+    (found,) = next(EVALUATORS[name].evaluate(call, [Points.of([x.expand(5, 4, 3).clone(), w], False, str)]))
     assert torch.equal(found, x * w[:, None])
     assert call.count.nfev == 6
 
@@ -93,10 +93,8 @@ def test_counts_are_of_calls_and_can_be_shared() -> None:
     assert one.seconds == two.seconds > 0
 
 
-def test_a_portion_holds_at_least_a_point() -> None:
-    assert SerialEvaluation(portion_bytes=10).portion(10**9) == 1
-    assert StackedEvaluation(stack_bytes=10).portion(10**9) == 1
-    with pytest.raises(ValueError, match="portion_bytes must be at least 1, got 0"):
-        SerialEvaluation(portion_bytes=0)
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="chunk_bytes must be at least 1, got 0"):
+        SerialEvaluation(chunk_bytes=0)
     with pytest.raises(ValueError, match="stack_bytes must be at least 1, got 0"):
         StackedEvaluation(stack_bytes=0)
