@@ -1,10 +1,10 @@
 """Which directions x is moved in, and the dual of each, which turns a slope along it back into a gradient.
 
-The idea: every tensor is seen as rows x width. Where rows are independent, one evaluation moves all rows at once and
-each row's share of the output tells its own slope: batch-parallel coordinates, and random directions of its own for
-every row. Where they are not, there is one row, and the same code gives plain coordinates. For coordinates the sum over
-directions of dual x direction is the identity; for random directions its expectation is. Pairs with any stencil and
-any step size.
+The idea: every tensor is seen as rows x width (`blocks`). Where rows are independent, one evaluation moves all rows at
+once and each row's share of the output tells its own slope: batch-parallel coordinates, and random directions of its
+own for every row. Where they are not, there is one row, and the same code gives plain coordinates. For coordinates the
+sum over directions of dual x direction is the identity; for random directions its expectation is. Pairs with any
+stencil and any step size.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.blocks import Block
 from ignite_tbptt.blackbox.stencil import Stencil
-from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, Steps, StepSize
+from ignite_tbptt.blackbox.step_size import StepSize
 
 __all__ = [
-    "Block",
     "CoordinateMoves",
     "Coordinates",
     "Directions",
@@ -32,110 +32,11 @@ __all__ = [
     "Orthogonal",
     "Rademacher",
     "RandomMoves",
-    "Rows",
 ]
 
 
 # Random moves are made, and compared with what they came out as, so many bytes at a time.
 _POINTS_BYTES = 2**20
-
-
-class Rows:
-    """A tensor's shape, seen as independent rows of some width; as a single row where `dim` is None."""
-
-    def __init__(self, shape: Sequence[int], dim: int | None) -> None:
-        self.shape = tuple(shape)
-        self.dim = dim
-        numel = math.prod(self.shape)
-        self.rows = 1 if dim is None else self.shape[dim]
-        self.width = numel // self.rows if self.rows else 0
-
-    def split(self, tensor: Tensor) -> Tensor:
-        """(*shape) -> (rows, width)."""
-        moved = tensor if self.dim is None else tensor.movedim(self.dim, 0)
-        return moved.reshape(self.rows, self.width)
-
-    def join(self, rows: Tensor) -> Tensor:
-        """(*leading, rows, width) -> (*leading, *shape)."""
-        leading = rows.shape[:-2]
-        if self.dim is None:
-            return rows.reshape(leading + self.shape)
-        rest = self.shape[: self.dim] + self.shape[self.dim + 1 :]
-        return rows.reshape((*leading, self.rows, *rest)).movedim(len(leading), len(leading) + self.dim)
-
-    def index(self, row: int, column: int) -> tuple[int, ...]:
-        """Where an element stands in the tensor."""
-        flat = torch.zeros(self.rows, self.width, dtype=torch.bool)
-        flat[row, column] = True
-        return tuple(self.join(flat).nonzero()[0].tolist())
-
-
-@functools.lru_cache(maxsize=256)
-def rows_of(shape: tuple[int, ...], dim: int | None) -> Rows:
-    """The same `Rows` for the same shape: one forward call is like the last."""
-    return Rows(shape, dim)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Tensors of one dtype that are moved together: those with independent rows, or those that all rows share.
-
-    Attributes:
-        x: all of them side by side, (rows, width).
-        layouts: how each goes back into its shape.
-        members: the place of each among the arguments of the blackbox.
-        positions: the place of each among the arguments that are differentiated.
-        names: what the arguments of the blackbox are called in messages.
-    """
-
-    x: Tensor
-    layouts: tuple[Rows, ...]
-    members: Sequence[int]
-    positions: Sequence[int]
-    names: Sequence[str]
-
-    @classmethod
-    def of(
-        cls, tensors: Sequence[Tensor], dims: Sequence[int | None], members: Sequence[int], positions: Sequence[int],
-        names: Sequence[str],
-    ) -> Block:  # fmt: skip
-        """A block of these tensors, whose rows are at these axes."""
-        layouts = tuple(rows_of(tensor.shape, dim) for tensor, dim in zip(tensors, dims, strict=True))
-        rows = [layout.split(tensor) for layout, tensor in zip(layouts, tensors, strict=True)]
-        x = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        return cls(x, layouts, members, positions, names)
-
-    def apart(self, rows: Tensor) -> list[Tensor]:
-        """(*leading, rows, width) -> (*leading, *shape) for each tensor."""
-        if len(self.layouts) == 1:
-            return [self.layouts[0].join(rows)]
-        # Tensor.split, written in Python, takes five times as long
-        parts = rows.split_with_sizes([layout.width for layout in self.layouts], -1)
-        return [layout.join(part) for layout, part in zip(self.layouts, parts, strict=True)]
-
-    def steps(self, step_size: StepSize, stencil: Stencil, eps: float) -> Steps:
-        """The step of every element, (rows, width); bounds and the like see the tensors in their own shape."""
-        if isinstance(step_size, (AbsoluteStep, RelativeStep)):  # the usual ones look at each element alone
-            return step_size.each(self.x, stencil, eps)
-        parts = zip(self.apart(self.x), self.positions, strict=True)
-        each = [step_size.each(part, stencil, eps, position) for part, position in parts]
-        sizes = self._together([steps.sizes for steps in each])
-        if all(steps.one_sided is None for steps in each):
-            return Steps(sizes)
-        one_sided = [torch.zeros_like(s.sizes, dtype=torch.bool) if s.one_sided is None else s.one_sided for s in each]
-        return Steps(sizes, self._together(one_sided))
-
-    def _together(self, parts: Sequence[Tensor]) -> Tensor:
-        rows = [layout.split(part) for layout, part in zip(self.layouts, parts, strict=True)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-
-    def spelled(self, column: int) -> tuple[str, tuple[int, ...], Rows]:
-        """Which element a column is: name of the tensor, index in row 0, and layout of the tensor."""
-        for member, layout in zip(self.members, self.layouts, strict=True):
-            if column < layout.width:
-                return self.names[member], layout.index(0, column), layout
-            column -= layout.width
-        raise IndexError(column)
 
 
 class Moves(ABC):

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.directions import Block, Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
+from ignite_tbptt.blackbox.blocks import Block
+from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize
 

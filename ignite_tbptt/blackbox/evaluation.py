@@ -147,9 +147,9 @@ class Call:
         return self._first
 
     @first.setter
-    def first(self, outputs: Outputs) -> None:
-        self._first = outputs
-        if outputs.is_leaf:
+    def first(self, outputs: Outputs | None) -> None:
+        self._first, self._usual = outputs, ()
+        if outputs is not None and outputs.is_leaf:
             # nearly every later value is of this kind, and needs no closer look
             value = outputs.tensors[0].numpy() if outputs.foreign[0] else outputs.tensors[0]
             self._usual = type(value), value.shape, value.dtype

@@ -417,3 +417,36 @@ def test_inputs_that_do_not_matter_have_a_zero_gradient_without_a_word() -> None
 def test_estimators_print_as_what_they_are() -> None:
     assert "CentralDifference" not in repr(Estimator())
     assert repr(blackbox(as_text)).startswith("blackbox(as_text, estimator=Estimator(stencil=Stencil(offsets=(-1, 1))")
+
+
+def test_a_numpy_state_that_was_set_by_hand_and_holds_a_normal_number_makes_no_difference_noisy() -> None:
+    # The words of the twister are those of the state that was looked at last, which held no normal number.
+    np.random.seed(5)
+    np.random.randn()
+    holding_one = np.random.get_state()
+    np.random.randn()
+    x = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    blackbox(lambda x: x.detach())(x)
+    np.random.set_state(holding_one)
+    y = blackbox(lambda x: x.detach() * 3 + np.random.randn(), estimator=ForwardDifference())(x)
+    assert torch.allclose(grad(y, x)[0], torch.full((2,), 3.0, dtype=torch.float64), atol=NEAR)
+
+
+def test_more_evaluations_than_are_contracted_at_a_time() -> None:
+    x = torch.linspace(-1, 1, 5000, dtype=torch.float64).requires_grad_()
+    weights = torch.linspace(1, 2, 5000, dtype=torch.float64)
+    wrapped = blackbox(lambda x: (x.detach() * weights).sum(), estimator=ForwardDifference())
+    # round-off: eps / h times the sum of |x w|, 3750 at most
+    assert (grad(wrapped(x), x)[0] - weights).abs().max() <= 2.0**-52 / 2.0**-27 * 3750
+    assert wrapped.nfev == 5000
+
+
+def test_an_array_that_is_filled_anew_at_every_call() -> None:
+    array = np.empty(3)
+
+    def f(x: Any) -> Any:
+        array[:] = np.sin(x)
+        return array
+
+    x = doubles(3)
+    assert relative_error(grad(blackbox(f, numpy=True)(x), x), (x.detach().cos(),)) <= NEAR
