@@ -164,39 +164,60 @@ def rows_and_weights() -> None:
 
     counted = Counted(f)
     x, w = torch.randn(256, 64).requires_grad_(), torch.randn(64).requires_grad_()
-    wrapped = blackbox(counted, estimator=ForwardDifference(), numpy=True, in_dims=(0, None))
-    wrapped(x, w).sum().backward()
-    first, counted.calls = counted.calls, 0
-    wrapped(x, w).sum().backward()
-    later = counted.calls
-    mine = statistics.median(seconds(lambda: wrapped(x, w).sum().backward()) for _ in range(9))
-
-    counted.calls = 0
     as_tensors = lambda x, w: torch.from_numpy(counted(x.numpy(), w.numpy()))  # noqa: E731
     naive = seconds(lambda: NaiveFunction.apply(as_tensors, x, w).sum().backward())
     print("\nx of 256 rows x 64 and w of 64, numpy")
-    print(f"  blackbox, forward, in_dims: {first} calls the first time, {later} later, {mine * 1e3:.1f} ms")
-    print(
-        f"  naive Function, central:    {counted.calls} calls, {naive * 1e3:.0f} ms, {naive / mine:.0f} times as long"
-    )
+    print(f"  naive Function, central, float32: {counted.calls} calls, {naive * 1e3:.0f} ms")
+    for dtype in (torch.float32, torch.float64):
+        wrapped = blackbox(counted, estimator=ForwardDifference(), numpy=True, in_dims=(0, None), dtype=dtype)
+        step = lambda wrapped=wrapped: wrapped(x, w).sum().backward()  # noqa: E731
+        calls = []
+        for _ in range(2):
+            counted.calls = 0
+            step()
+            calls.append(counted.calls)
+        mine = statistics.median(seconds(step) for _ in range(21))
+        print(
+            f"  blackbox, forward, in_dims, {str(dtype)[6:]}: {calls[0]} calls the first time, {calls[1]} later, "
+            f"{mine * 1e3:.1f} ms, 1/{naive / mine:.0f} of naive"
+        )
+
+
+def column_loop(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The serial loop by hand: each column moved in all rows at once, central differences."""
+    gradient = torch.empty_like(x)
+    with torch.no_grad():
+        for column in range(x.shape[1]):
+            ahead, behind = x.clone(), x.clone()
+            ahead[:, column] += 2.0**-8
+            behind[:, column] -= 2.0**-8
+            gradient[:, column] = (net(ahead) - net(behind)).sum(1) / 2.0**-7
+    return gradient
 
 
 def stacking() -> None:
     """Points in one call along the batch axis, against one after the other."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8)).requires_grad_(False)
-    print("\nstacked against serial, D = 64, two layers")
+    print("\nstacked, D = 64, two layers: ms, and how many times as long others take")
+    print(f"  {'B':>5}{'stacked':>10}{'serial evaluation':>20}{'loop by hand':>15}{'128 bare calls':>17}")
     for batch in (1, 10, 32, 128, 256, 1024):
         x = torch.randn(batch, 64, requires_grad=True)
         serial = blackbox(net, in_dims=0)
         stacked = blackbox(net, in_dims=0, evaluator=StackedEvaluation())
-        ways: list[Thunk] = [lambda f=f, x=x: f(x).sum().backward() for f in (serial, stacked)]  # type: ignore[misc]
+        bare = x.detach()
+        ways: list[Thunk] = [
+            lambda f=stacked, x=x: f(x).sum().backward(),  # type: ignore[misc]
+            lambda f=serial, x=x: f(x).sum().backward(),  # type: ignore[misc]
+            lambda x=x: column_loop(net, x),  # type: ignore[misc]
+            lambda x=bare: [net(x) for _ in range(128)],  # type: ignore[misc]
+        ]
         for way in ways:
             way()
-        pairs = [(seconds(ways[0]), seconds(ways[1])) for _ in range(15)]
-        speed = statistics.median(one / other for one, other in pairs)
-        taken = statistics.median(pair[0] for pair in pairs)
-        print(f"  B = {batch:5}: {taken * 1e3:7.1f} ms serial, {speed:5.1f} times as fast stacked")
+        rounds = [[seconds(way) for way in ways] for _ in range(31)]
+        taken = statistics.median(times[0] for times in rounds)
+        slower = [statistics.median(times[k] / times[0] for times in rounds) for k in (1, 2, 3)]
+        print(f"  {batch:5}{taken * 1e3:10.2f}{slower[0]:20.2f}{slower[1]:15.2f}{slower[2]:17.2f}")
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ class Rows:
 
     def split(self, tensor: Tensor) -> Tensor:
         """(*shape) -> (rows, width)."""
-        moved = tensor if self.dim is None else tensor.movedim(self.dim, 0)
+        moved = tensor.movedim(self.dim, 0) if self.dim else tensor
         return moved.reshape(self.rows, self.width)
 
     def join(self, rows: Tensor) -> Tensor:
         """(*leading, rows, width) -> (*leading, *shape)."""
         leading = rows.shape[:-2]
-        if self.dim is None:
+        if not self.dim:
             return rows.reshape(leading + self.shape)
         rest = self.shape[: self.dim] + self.shape[self.dim + 1 :]
         return rows.reshape((*leading, self.rows, *rest)).movedim(len(leading), len(leading) + self.dim)

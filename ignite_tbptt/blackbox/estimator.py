@@ -197,7 +197,7 @@ def _by_row(values: Tensor, dim: int) -> Tensor:
     """
     if values.dim() <= 2:
         return values.view(len(values), -1)
-    moved = values.movedim(dim + 1, 1)
+    moved = values.movedim(dim + 1, 1) if dim else values
     return moved.reshape(moved.shape[0], moved.shape[1], -1).sum(-1)
 
 
