@@ -122,7 +122,8 @@ class Call:
 
 def in_one_node(call: Call, run: Run, graph: Graph) -> Any:
     """Return the results of a call, whose graph is a single node that leads to its inputs and to the leaves."""
-    outputs = iter(_Node.apply(call, run.recorded, graph, run.differentiable, *call.inputs, *graph.leaves))  # type: ignore[no-untyped-call]
+    sources = *call.inputs, *graph.leaves
+    outputs = iter(_Node.apply(call, run.recorded, graph, run.differentiable, *sources))  # type: ignore[no-untyped-call]
     return nest.map_tensors(lambda tensor: next(outputs) if tensor.requires_grad else tensor, run.results)
 
 

@@ -1,9 +1,10 @@
 """The model run once more than it was asked to be, without a trace: activations recomputed in backward, measurements.
 
 Memory is bought with a second forward pass: a segment keeps only what it was called with, and its activations are made
-again when backward comes to it. Random numbers and autocast are those of the first time, by torch.utils.checkpoint;
-buffers too, by `buffers_set_to`: running statistics are neither updated twice nor seen in a later state. It pairs with
-every truncation policy, for it knows no more of a segment than a function and its arguments.
+again when backward comes to it. Random numbers and autocast are those of the first time; buffers too, by
+`buffers_set_to`: running statistics are neither updated twice nor seen in a later state. A segment is one node of the
+graph where it can be, for that is fast, and else torch.utils.checkpoint's. It pairs with every truncation policy, for
+it knows no more of a segment than a function and its arguments.
 """
 
 from __future__ import annotations
