@@ -5,8 +5,8 @@ Peak tensor memory (beyond data, parameters and gradients) and time of one batch
 process and interleaved; the error is that of the gradient against the one written by hand. The goal for segments of 50
 steps is a thirtieth of full back-propagation's memory at no more than 1.35 of its time.
 
-An LSTM is one fused operation on the CPU. A GRU is many small ones, each of whose saved tensors passes through a Python
-hook of torch.utils.checkpoint: there time goes up by more than the second forward.
+An LSTM is one fused operation on the CPU. A GRU is many small ones: there the graph of a segment is walked once, for
+the parameters that it leads to, dropped and made again, besides the second forward itself.
 
     python benchmarks/exact_gradient.py              # half a minute
     python benchmarks/exact_gradient.py --cell gru   # some minutes, most of them in the profiler

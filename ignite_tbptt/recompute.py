@@ -1,21 +1,26 @@
 """The model run once more than it was asked to be, without a trace: activations recomputed in backward, measurements.
 
 Memory is bought with a second forward pass: a segment keeps only what it was called with, and its activations are made
-again when backward comes to it. Random numbers and autocast are those of the first time, by torch.utils.checkpoint;
-buffers too, by `buffers_set_to`: running statistics are neither updated twice nor seen in a later state. It pairs with
-every truncation policy, for it knows no more of a segment than a function and its arguments.
+again when backward comes to it. Random numbers and autocast are those of the first time; buffers too, by
+`buffers_set_to`: running statistics are neither updated twice nor seen in a later state. A segment is one node of the
+graph where it can be, for that is fast, and else torch.utils.checkpoint's. It pairs with every truncation policy, for
+it knows no more of a segment than a function and its arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from ignite_tbptt import nest
+from ignite_tbptt.one_node import Call, in_one_node
+
+_KINDS = ("cpu", "cuda")  # devices whose random numbers are replayed here
 
 Buffers = Mapping[tuple[torch.nn.Module, str], torch.Tensor]
 """The value of each buffer, by the module that holds it and its name there."""
@@ -37,16 +42,72 @@ class Recompute:
     def __init__(self, *modules: Any) -> None:
         self._modules = [module for module in modules if isinstance(module, torch.nn.Module)]
         self._snapshot: Buffers = {}
+        self._parameters: set[torch.Tensor] = set()
+        self._fits_one_node = True
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, whose graph holds `args` and the results alone."""
-        # The random state of a device is kept for those of the tensors that are seen: inside a dataclass they are not.
         seen = tuple(nest.tensors(args))
-        return checkpoint(lambda *_: function(*args), *seen, use_reentrant=False, context_fn=self._contexts)
-
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         self._snapshot = _snapshot(self._modules, self._snapshot)
-        return nullcontext(), buffers_set_to(self._snapshot)
+        buffers = partial(buffers_set_to, self._snapshot)
+        devices = {tensor.device for tensor in seen} | {torch.device("cpu")}
+        if not (self._fits_one_node and torch.is_grad_enabled() and all(device.type in _KINDS for device in devices)):
+            # It looks for devices among the arguments that it is given, and does not see those inside a dataclass.
+            return checkpoint(
+                lambda *_: function(*args), *seen, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers())
+            )
+        call = Call(function, args, _as_now(devices, buffers))
+        run = call.run(call.inputs)
+        if not run.differentiable:
+            return run.results
+        graph = run.graph()
+        if graph.closed and all(leaf.device in devices and self._is_plain_parameter(leaf) for leaf in graph.leaves):
+            return in_one_node(call, run, graph)
+        # This segment keeps its graph, the next ones are left to torch.utils.checkpoint.
+        self._fits_one_node = False
+        return run.results
+
+    def _is_plain_parameter(self, leaf: torch.Tensor) -> bool:
+        """Say whether a node can hand a gradient to `leaf` as its own graph would.
+
+        Hooks on it would see the gradient of every segment, besides the sum of them; a subclass may have its own ways.
+        """
+        if leaf not in self._parameters:
+            self._parameters = {parameter for module in self._modules for parameter in module.parameters()}
+        return leaf in self._parameters and type(leaf) is torch.nn.Parameter and not leaf._backward_hooks
+
+
+def _as_now(
+    devices: Iterable[torch.device], buffers: Callable[[], AbstractContextManager[None]]
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes a context with the random numbers and the autocast state of now, and with `buffers`."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    random_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in gpus]
+    autocast = [
+        partial(
+            torch.autocast,
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        )
+        for kind in _KINDS
+        if kind == "cpu" or torch.cuda.is_available()
+    ]
+
+    @contextmanager
+    def as_then() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(gpus))
+            torch.set_rng_state(random_states[0])
+            for device, state in zip(gpus, random_states[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            for context in autocast:
+                stack.enter_context(context())
+            stack.enter_context(buffers())
+            yield
+
+    return as_then
 
 
 @contextmanager

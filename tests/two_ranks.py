@@ -39,7 +39,7 @@ def padded_stream() -> tuple[torch.Tensor, torch.Tensor]:
 def main(rank: int, case: str, folder: str) -> None:
     torch.set_num_threads(1)
     model = seeded(Forecaster).double()
-    parallel: Any = torch.nn.parallel.DistributedDataParallel(model)
+    parallel: Any = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=case == "recomputed_unused")
     arguments: dict[str, Any] = {"loss_fn": F.mse_loss, "tbtt_step": 4}
     data: Any
     if case in ("rows", "padding"):
@@ -65,7 +65,7 @@ def main(rank: int, case: str, folder: str) -> None:
         data = data[:2]
     if case == "nan" and rank == 0:
         data[1][1][5] = float("nan")
-    if case == "recomputed":
+    if case in ("recomputed", "recomputed_unused"):
         arguments |= {"tbtt_step": FullBackpropagation(4), "checkpoint_segments": True}
     trainer = create_supervised_tbptt_trainer(parallel, sgd(model), **arguments)
     trainer.add_event_handler(Tbptt_Events.BACKWARD_COMPLETED, TerminateOnNan())
