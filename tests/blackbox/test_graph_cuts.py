@@ -299,6 +299,15 @@ def test_a_module_run_without_gradients_leaves_the_cut_to_its_caller() -> None:
     assert "no_grad" in found.remedy
 
 
+def test_a_property_read_without_gradients_is_named() -> None:
+    def transposed(y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return y.mT
+
+    (found,) = find_graph_cuts(nn.Sequential(nn.Linear(4, 3), Cutting(transposed)), torch.randn(5, 4))
+    assert [call.label for call in found.calls] == ["gradient mode switched off"]
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpoints_are_not_cuts(use_reentrant: bool) -> None:
     class Checkpointed(nn.Module):
