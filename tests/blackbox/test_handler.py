@@ -408,7 +408,8 @@ TWO_RANKS = """
         idist.barrier()  # a rank that leaves early can take the other down with it
 
     if __name__ == "__main__":
-        with idist.Parallel(backend="gloo", nproc_per_node=2) as parallel:
+        # ranks meet in a file: a port could be another run's, and with it would go the rank that serves it
+        with idist.Parallel(backend="gloo", nproc_per_node=2, init_method=sys.argv[1]) as parallel:
             parallel.run(train)
 """
 
@@ -419,7 +420,7 @@ def test_two_ranks_train_alike(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), f"file://{tmp_path}/meeting"],
         capture_output=True,
         text=True,
         timeout=120,
