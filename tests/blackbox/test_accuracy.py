@@ -101,6 +101,7 @@ SCIPY: dict[str, tuple[Callable[[Any], Any], list[float], Callable[[Tensor], Ten
 def test_no_more_than_twice_the_error_of_scipy_for_as_many_evaluations(
     name: str, method: str, estimator: Estimator
 ) -> None:
+    """At the point and at others within a hundredth of it: at one alone, either may be lucky in the last bits of f."""
     function, at, twin = SCIPY[name]
     calls = 0
 
@@ -109,18 +110,20 @@ def test_no_more_than_twice_the_error_of_scipy_for_as_many_evaluations(
         calls += 1
         return function(x)
 
-    theirs = np.atleast_2d(approx_derivative(counted, np.array(at), method=method))
-    their_calls = calls - 1  # the value at x, which the forward call has
-    true = torch.autograd.functional.jacobian(twin, torch.tensor(at, dtype=torch.float64)).numpy()
-    f = blackbox(function, estimator=estimator, numpy=True)
-    x = torch.tensor(at, dtype=torch.float64, requires_grad=True)
-    y = f(x)
-    mine = np.stack([torch.autograd.grad(y[k], x, retain_graph=True)[0].numpy() for k in range(len(y))])
-    assert f.nfev == their_calls * len(y)
+    def off(jacobian: Any) -> float:
+        return float(np.linalg.norm((jacobian - true) / np.maximum(np.abs(true), 1e-300)))
 
-    def off(jacobian: Any) -> Any:
-        return np.linalg.norm((jacobian - true) / np.maximum(np.abs(true), 1e-300))
-
-    # below this both are at the mercy of how the last bits of f fall
-    unit = 2.0**-52 / {"2-point": 2.0**-26, "3-point": 2.0**-17}[method]
-    assert off(mine) <= 2 * max(off(theirs), unit)
+    nearby = 1 + 0.01 * np.random.default_rng(0).uniform(-1, 1, (40, len(at)))
+    mine, theirs = [], []
+    for point in np.array(at) * np.concatenate([np.ones((1, len(at))), nearby]):
+        calls = 0
+        jacobian = np.atleast_2d(approx_derivative(counted, point, method=method))
+        their_calls = calls - 1  # the value at x, which the forward call has
+        x = torch.tensor(point, requires_grad=True)
+        true = torch.autograd.functional.jacobian(twin, x.detach()).numpy()
+        theirs.append(off(jacobian))
+        f = blackbox(function, estimator=estimator, numpy=True)
+        y = f(x)
+        mine.append(off(np.stack([torch.autograd.grad(row, x, retain_graph=True)[0].numpy() for row in y])))
+        assert f.nfev == their_calls * len(y)
+    assert np.linalg.norm(mine) <= 2 * np.linalg.norm(theirs)
