@@ -473,6 +473,13 @@ def test_modules_that_are_not_there_are_refused(modules: Any, error: type[Except
         FiniteDifferenceGradients(Recurrent(True), modules)
 
 
+def test_a_model_without_modules_has_no_nearest_names() -> None:
+    with pytest.raises(
+        ValueError, match="no module 'weight' in Linear; it has no modules inside; pass the model itself"
+    ):
+        FiniteDifferenceGradients(nn.Linear(2, 2), "weight")
+
+
 def test_something_that_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
         FiniteDifferenceGradients(sequences)  # type: ignore[arg-type]
