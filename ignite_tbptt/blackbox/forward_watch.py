@@ -82,7 +82,8 @@ class ForwardWatch:
             floats = [tensor for tensor in tensors_in(outputs) if carries_gradient(tensor)]
             call.left = self.reach.of(floats)
             call.gives_float = bool(floats)
-            call.gives_grad = any(tensor.requires_grad for tensor in floats)
+            # a view that was made without gradients still says that it requires them
+            call.gives_grad = any(t.requires_grad and (t.grad_fn is not None or not t._is_view()) for t in floats)
         self._current = call.parent
 
     def note(self, call: CutCall, arguments: Any, rank: int) -> None:

@@ -305,6 +305,7 @@ def test_a_property_read_without_gradients_is_named() -> None:
             return y.mT
 
     (found,) = find_graph_cuts(nn.Sequential(nn.Linear(4, 3), Cutting(transposed)), torch.randn(5, 4))
+    assert found.kind is CutKind.NO_GRAD_FN
     assert [call.label for call in found.calls] == ["gradients being switched off"]
 
 

@@ -423,7 +423,7 @@ def test_two_ranks_train_alike(tmp_path: Path) -> None:
         [sys.executable, str(script), f"file://{tmp_path}/meeting"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment,
         cwd=root,
         check=False,

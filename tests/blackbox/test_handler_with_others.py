@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,11 @@ def test_a_copy_made_during_the_run_trains_like_the_model(how: Any) -> None:
     assert_learned_alike(copies[0], truth)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "eager",
-        "aot_eager",
-        pytest.param(
-            "inductor", marks=pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
-        ),
-    ],
-)
+HEADERS = Path(sysconfig.get_paths()["include"]) / "Python.h"
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") and HEADERS.exists()), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)])
 @pytest.mark.filterwarnings("ignore")  # what the compiler says to itself
 def test_a_compiled_model_trains(backend: str) -> None:
     cut, smooth = twins(sequential)
@@ -187,6 +183,7 @@ def test_functional_call_differentiates_what_it_is_given() -> None:
 
 
 def test_loggers_see_the_run_and_the_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboardX")
     cut, _ = twins(sequential)
     trainer = trainer_of(cut)
     handler = FiniteDifferenceGradients(cut, "1").attach(trainer)
