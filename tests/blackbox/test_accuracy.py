@@ -22,14 +22,14 @@ from ignite_tbptt.blackbox.function import blackbox
 from tests.blackbox.accuracy import FORMULAS, OF_A_BATCH, TABLE, Problem, of_any_size
 
 FORWARD, CENTRAL = ForwardDifference(), CentralDifference()
-SEEDS = range(3)
+SEEDS = {kind: range(3 if kind == "transformer block" else 6) for kind in OF_A_BATCH}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", OF_A_BATCH)
 def test_modules_of_any_size_are_as_exact_as_derived(kind: str, dtype: torch.dtype) -> None:
     ratios: dict[str, list[float]] = {name: [] for name in FORMULAS}
-    for seed in SEEDS:
+    for seed in SEEDS[kind]:
         problem = Problem(of_any_size(kind, seed), seed, held_by=dtype)
         for name, formula in FORMULAS.items():
             error, expected = problem.error(formula, dtype), problem.expected(formula, dtype)
@@ -48,9 +48,9 @@ def test_the_table_holds_for_a_small_batch(kind: str) -> None:
     The table does not say what its modules' sizes and losses were. Here they are those of `OF_A_BATCH`, 64 to 256 rows
     for Linear and LayerNorm, 8 images of 6 x 6, 16 sequences of 6 steps; the loss is a sum of the outputs with weights
     between 1/2 and 3/2, and all numbers are such that float32 can hold them, in float64 as well, where a Linear then
-    hardly rounds at all. Both matter: a loss of either sign, or a single row, makes a smaller gradient of the same
-    round-off, and the error of a Linear(5, 6) in float32 is four times the table's. What it must be for other sizes
-    and losses is what the test above asks.
+    hardly rounds at all. Both matter: a loss of either sign, or few rows, makes a smaller gradient of the same
+    round-off; central differences in float32 of a Linear(5, 6) on 3 rows are off by 4e-6 to 7e-6. What the error must
+    be for other sizes and losses is what the test above asks.
     """
     settings = [(formula, dtype) for dtype in (torch.float32, torch.float64) for formula in FORMULAS.values()]
     problems = [Problem(OF_A_BATCH[kind], seed, torch.float32, positive=True) for seed in range(5)]
@@ -62,7 +62,7 @@ def test_the_table_holds_for_a_small_batch(kind: str) -> None:
 @pytest.mark.parametrize("kind", OF_A_BATCH)
 def test_bfloat16_evaluated_in_float32_loses_only_the_last_rounding(kind: str) -> None:
     formula = FORMULAS["central"]
-    for seed in SEEDS:
+    for seed in SEEDS[kind]:
         problem = Problem(of_any_size(kind, seed), seed, held_by=torch.bfloat16)
         found = problem.found(formula, torch.bfloat16, evaluated_in=torch.float32)
         in_float32 = problem.found(formula, torch.float32)
