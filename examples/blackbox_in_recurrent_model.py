@@ -138,9 +138,9 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     left.legend()
     apart = [abs(a - b) / b for a, b in zip(curves["table + handler"], curves["torch"], strict=True)]
     middle.semilogy(epochs, apart, color="tab:blue")
-    middle.set(title="Finite differences against autograd", xlabel="epoch", ylabel="relative difference of the losses")
+    middle.set(title="table + handler against torch", xlabel="epoch", ylabel="relative difference of the losses")
     right.plot(OPENING, FLOW, "o-", color="black")
-    right.set(title="The valve, as measured", xlabel="opening", ylabel="flow")
+    right.set(title="The valve, as measured", xlabel="opening", ylabel="flow", xticks=[-1, -0.5, 0, 0.5, 1])
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     path.parent.mkdir(exist_ok=True)

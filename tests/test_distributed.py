@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 def launch(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.two_ranks", case, str(folder)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    # ranks that hang do so until gloo gives up after half an hour; a start may take minutes on a busy machine
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
 
 
 def stream(steps: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,13 +100,11 @@ def test_ranks_agree_on_the_horizon_of_their_different_data(tmp_path: Path) -> N
     ],
 )
 def test_ranks_that_disagree_raise_everywhere(case: str, message: str, tmp_path: Path) -> None:
-    start = time.monotonic()
     result = launch(case, tmp_path)
     assert result.returncode == 0, result.stderr
     raised = [(tmp_path / f"{case}_{rank}.txt").read_text() for rank in range(2)]
     assert message in raised[1]
     assert message in raised[0] or (case == "refused" and "empty sequence" in raised[0])
-    assert time.monotonic() - start < 60  # no more than a start; a hang would last until gloo's half hour is over
 
 
 def test_a_nan_on_one_rank_is_stepped_on_by_none(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def main(rank: int, case: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    # Ranks meet in a file: a port could be another run's, and with it would go the rank that serves it.
+    meeting = f"file://{sys.argv[2]}/{sys.argv[1]}_meeting"
     parallel = idist.launcher.Parallel
-    with parallel(backend="gloo", nproc_per_node=2, start_method="spawn") as spawned:
+    with parallel(backend="gloo", nproc_per_node=2, init_method=meeting, start_method="spawn") as spawned:
         spawned.run(main, sys.argv[1], sys.argv[2])

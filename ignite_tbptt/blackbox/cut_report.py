@@ -18,14 +18,14 @@ __all__ = ["CutCall", "CutKind", "GraphCut", "GraphCutReport"]
 class CutKind(Enum):
     """How a gradient was lost; the value is the sentence that the report prints."""
 
-    NO_GRAD_FN = "its output has no grad_fn"
+    NO_GRAD_FN = "its output has no grad_fn, backward() ends there"
     UNREACHABLE = "its output has a grad_fn, but no path leads from it to what is lost"
     ZERO_GRADIENT = "every path to what is lost has derivative zero or none"
 
 
 # Display text and remedy of the calls that people meet; the rest are named as torch names them.
-_BLACKBOX = "wrap the computation in {blackbox}"
-_KEEP_TENSOR = "keep the tensor instead of its Python value; where that cannot be, " + _BLACKBOX
+_BLACKBOX = "take finite differences: {blackbox}"
+_KEEP_TENSOR = "compute with the tensor instead of its Python value; where that cannot be, " + _BLACKBOX
 _NUMPY = "write it with torch functions, or " + _BLACKBOX
 _STOP = "leave it out where the gradient is wanted; if the next lines leave torch, " + _BLACKBOX
 _STACK = "torch.stack([...]) keeps the graph; where the values come from outside torch, " + _BLACKBOX
@@ -40,9 +40,9 @@ _KNOWN_CALLS = {
     "__float__": ("float(tensor)", _KEEP_TENSOR),
     "__int__": ("int(tensor)", _KEEP_TENSOR),
     "__complex__": ("complex(tensor)", _KEEP_TENSOR),
-    "__index__": ("tensor used as an index", _INDEX),
+    "__index__": ("using a tensor as an index", _INDEX),
     "__bool__": ("bool(tensor)", _INDEX),
-    "__format__": ("tensor formatted into a string", _KEEP_TENSOR),
+    "__format__": ("formatting a tensor into a string", _KEEP_TENSOR),
     "tolist": (".tolist()", _KEEP_TENSOR),
     "numpy": (".numpy()", _NUMPY),
     "__array__": ("numpy.asarray(tensor)", _NUMPY),
@@ -52,7 +52,7 @@ _KNOWN_CALLS = {
     "tensor": ("torch.tensor(...)", _STACK),
     "as_tensor": ("torch.as_tensor(...)", _STACK),
     "new_tensor": (".new_tensor(...)", _STACK),
-    "no_grad": ("gradient mode switched off", _GRAD_MODE),
+    "no_grad": ("gradients being switched off", _GRAD_MODE),
 }
 
 
@@ -123,21 +123,26 @@ class GraphCut:
     @property
     def remedy(self) -> str:
         """What to do, in one sentence."""
-        blackbox = "blackbox(fn)"
-        if not self.is_function:
+        if self.is_function:
+            name = self.module_type if self.module_type.isidentifier() else "fn"
+            blackbox = f"blackbox({name}), from ignite_tbptt.blackbox"
+        else:
             chosen = f"'{self.module}'" if self.module else "model"
-            blackbox += f" or attach FiniteDifferenceGradients(model, modules=[{chosen}])"
+            blackbox = (
+                f"FiniteDifferenceGradients(model, modules=[{chosen}]).attach(trainer), or blackbox(fn) around these "
+                "lines, both from ignite_tbptt.blackbox"
+            )
         return self.calls[0].remedy(blackbox) if self.calls else _BLACKBOX.format(blackbox=blackbox)
 
     def __str__(self) -> str:
         where = "the function" if self.is_function else f"module '{self.module}'" if self.module else "the model itself"
         lines = [f"{where} ({self.module_type}): {self.kind.value}"]
         if self.lost:
-            lines.append(f"    lost: {_shortened(self.lost)}")
+            lines.append(f"    gradient lost for: {_shortened(self.lost)}")
         if self.partial:
             lines.append(f"    of these, reached by another path (gradient incomplete): {_shortened(self.partial)}")
         for call in self.calls:
-            lines.append(f"    cut by {call.label} at {call.file}:{call.line}")
+            lines.append(f"    cut at {call.file}:{call.line} by {call.label}")
             if call.source:
                 lines.append(f"        {call.source}")
         if not self.calls:
@@ -152,7 +157,8 @@ class GraphCutReport(list[GraphCut]):
     def __str__(self) -> str:
         if not self:
             return "no cut found: every parameter used in this forward pass is reached from its output"
-        head = f"{len(self)} cut{'s' if len(self) > 1 else ''} in the autograd graph, innermost first"
+        one = len(self) == 1
+        head = "1 cut in the autograd graph" if one else f"{len(self)} cuts in the autograd graph, innermost first"
         return "\n".join([head, *(f"{number}. {cut}" for number, cut in enumerate(self, start=1))])
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ignite_tbptt.blackbox.cut_report import CutCall
@@ -64,7 +64,8 @@ class ForwardWatch:
 
     def enter(self, path: str, module: Any, arguments: Any) -> CallRecord:
         """Open the record of a call; calls until it is left are its children."""
-        entered = self.reach.of(arguments).any
+        with torch._C.DisableTorchFunction():  # its own questions need not be watched
+            entered = self.reach.of(arguments).any
         name = type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__name__", "function")
         function = not isinstance(module, nn.Module)
         call = CallRecord(path, name, function, entered, torch.is_grad_enabled(), self._current)
@@ -77,10 +78,12 @@ class ForwardWatch:
 
     def leave(self, call: CallRecord, outputs: Any) -> None:
         """Close the record of a call with what came out."""
-        floats = [tensor for tensor in tensors_in(outputs) if carries_gradient(tensor)]
-        call.left = self.reach.of(floats)
-        call.gives_float = bool(floats)
-        call.gives_grad = any(tensor.requires_grad for tensor in floats)
+        with torch._C.DisableTorchFunction():
+            floats = [tensor for tensor in tensors_in(outputs) if carries_gradient(tensor)]
+            call.left = self.reach.of(floats)
+            call.gives_float = bool(floats)
+            # a view that was made without gradients still says that it requires them
+            call.gives_grad = any(t.requires_grad and (t.grad_fn is not None or not t._is_view()) for t in floats)
         self._current = call.parent
 
     def note(self, call: CutCall, arguments: Any, rank: int) -> None:
@@ -126,6 +129,8 @@ class CallWatch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = func.__self__.__name__  # type: ignore[attr-defined]
+            if name != "data" and torch.is_grad_enabled():
+                return result  # of a tensor's properties that one alone leaves the graph
         values = args[1:] if name == "new_tensor" else args
         verdict = _verdict(name, (values, kwargs), result)
         if verdict is not None:
@@ -134,13 +139,13 @@ class CallWatch(TorchFunctionMode):
             if site is not None:
                 results = list(tensors_in(result))
                 integral = bool(results) and not any(carries_gradient(tensor) for tensor in results)
-                call = CutCall(label, *site, zero_gradient=_is_dead(result), integral=integral)
+                call = CutCall(label, *site, zero_gradient=_is_dead(results), integral=integral)
                 self._watch.note(call, (values, kwargs), rank)
         return result
 
 
-def _is_dead(result: Any) -> bool:
-    return any(tensor.grad_fn is not None and is_dead_node(tensor.grad_fn) for tensor in tensors_in(result))
+def _is_dead(results: list[Tensor]) -> bool:
+    return any(tensor.grad_fn is not None and is_dead_node(tensor.grad_fn) for tensor in results)
 
 
 def _verdict(name: str, arguments: Any, result: Any) -> tuple[str, int] | None:
@@ -148,23 +153,26 @@ def _verdict(name: str, arguments: Any, result: Any) -> tuple[str, int] | None:
 
     A comparison is the least telling: it often only decides a branch next to the call that really cut.
     """
-    shape_only = name.endswith("_like") or (name.startswith("new_") and name != "new_tensor") or name == "grad"
-    if shape_only or not any(tensor.requires_grad for tensor in tensors_in(arguments)):
-        return None
     if name in _READS:
-        return name, 2 if name in _MASK_READS else 0
+        return (name, 2 if name in _MASK_READS else 0) if _in_graph(arguments) else None
     results = list(tensors_in(result))
     if not results and name != "__setitem__":
         return None
-    if not torch.is_grad_enabled():
-        return ("no_grad" if name not in ("detach", "data") else name), 0
-    if _is_dead(result):
-        return name, 0
-    if not results or any(tensor.requires_grad for tensor in results):
+    grad_enabled = torch.is_grad_enabled()
+    if grad_enabled and not _is_dead(results) and (not results or any(tensor.requires_grad for tensor in results)):
         return None
+    shape_only = name.endswith("_like") or (name.startswith("new_") and name != "new_tensor") or name == "grad"
+    if shape_only or not _in_graph(arguments):
+        return None
+    if not grad_enabled:
+        return ("no_grad" if name not in ("detach", "data") else name), 0
     if any(carries_gradient(tensor) for tensor in results):
         return name, 0
     return name, 2 if all(tensor.dtype == torch.bool for tensor in results) else 1
+
+
+def _in_graph(arguments: Any) -> bool:
+    return any(tensor.requires_grad for tensor in tensors_in(arguments))
 
 
 def _call_site() -> tuple[str, int] | None:

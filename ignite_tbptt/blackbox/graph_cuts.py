@@ -11,6 +11,7 @@ finite differences to the modules that are named here.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def _sources(
     parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
     def wanted() -> dict[str, Tensor]:
-        labelled = [(f"input {index}", value) for index, value in enumerate(inputs)]
+        labelled = [(_told(model, index), value) for index, value in enumerate(inputs)]
         labelled += [(f"input {name!r}", value) for name, value in kwargs.items()]
         pairs = [(label, tensor) for label, value in labelled for tensor in tensors_in(value) if tensor.requires_grad]
         seen: dict[str, Tensor] = {}
@@ -130,6 +131,16 @@ def _sources(
             f"{len(named)} parameters are frozen. Call model.requires_grad_() or pass an input that requires grad"
         )
     return inputs, kwargs, sources
+
+
+def _told(model: Callable[..., Any], index: int) -> str:
+    """What a positional argument is called: by its name, where the signature has one."""
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # functions of other languages have none
+        return f"input {index}"
+    names = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return f"input {names[index]!r}" if index < len(names) else f"input {index}"
 
 
 def _requiring_grad(value: Any) -> Any:

@@ -251,12 +251,9 @@ def _matching(model: nn.Module, choice: ModuleChoice) -> list[str]:
         # a module that is used in two places may be called by either name
         by_any_name = dict(model.named_modules(remove_duplicate=False))
         if choice not in by_any_name:
-            near = (
-                difflib.get_close_matches(choice, by_any_name, n=3, cutoff=0.4) or [name for name in named if name][:10]
-            )
-            raise ValueError(
-                f"modules: there is no module {choice!r} in {type(model).__name__}; the nearest names are {near}"
-            )
+            near = difflib.get_close_matches(choice, by_any_name, n=3, cutoff=0.4) or [n for n in named if n][:10]
+            instead = f"the nearest names are {near}" if near else "it has no modules inside; pass the model itself"
+            raise ValueError(f"modules: there is no module {choice!r} in {type(model).__name__}; {instead}")
         return [name for name, module in named.items() if module is by_any_name[choice]]
     if isinstance(choice, type):
         matching = [name for name, module in named.items() if isinstance(module, choice)]

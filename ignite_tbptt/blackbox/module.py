@@ -263,6 +263,11 @@ class Blackbox(nn.Module):
         numpy: bool = False,
     ) -> None:
         super().__init__()
+        if not callable(module_or_fn):
+            raise TypeError(
+                f"module_or_fn must be a torch.nn.Module or a function, got {module_or_fn!r} of type "
+                f"{type(module_or_fn).__name__}: there is nothing to evaluate; pass it itself, not what it returns"
+            )
         self._how = Differencing(estimator, evaluator, in_dims, out_dims)
         self.module: nn.Module | None = None
         self._function: Callable[..., Any] | None = None

@@ -6,6 +6,7 @@ node answers all questions about a forward pass. `graph_cuts` asks them at each 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -22,11 +23,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in a nest of mappings, sequences and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+    elif value is None or isinstance(value, (int, float, str)):  # most of what there is beside tensors
+        return
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
             yield from tensors_in(item)
     elif is_dataclass(value) and not isinstance(value, type):
         for entry in fields(value):
@@ -109,4 +112,9 @@ def is_dead_node(node: Any) -> bool:
     name = node.name()
     if name.startswith("DivBackward"):
         return getattr(node, "_saved_rounding_mode", None) is not None
+    return _is_dead_name(name)
+
+
+@functools.cache
+def _is_dead_name(name: str) -> bool:
     return any(name == dead or name.startswith(dead + "Backward") for dead in _DEAD_NODES)

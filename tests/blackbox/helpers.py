@@ -52,42 +52,6 @@ DIRECTIONS: dict[str, Directions] = {
 }
 
 
-class Block(nn.Module):
-    """A small transformer block: attention and a feed-forward part, each behind a LayerNorm."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
-        self.forth, self.back = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        out: Tensor = x + self.back(nn.functional.gelu(self.forth(self.second(x))))
-        return out
-
-
-class Gru(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru = nn.GRU(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.gru(x)[0]
-        return y
-
-
-MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    # module, shape of its input, batch axis of input and output
-    "Linear": (lambda: nn.Linear(4, 8), (64, 4), 0),
-    "LayerNorm": (lambda: nn.LayerNorm(8), (256, 8), 0),
-    "Conv2d": (lambda: nn.Conv2d(2, 3, 3), (8, 2, 6, 6), 0),
-    "GRU": (Gru, (6, 16, 4), 1),
-    "transformer block": (lambda: Block(6), (16, 4, 6), 0),
-}
-
-
 def seen_through(module: nn.Module) -> Callable[..., Any]:
     """The module as a function of its parameters and its input."""
     return lambda parameters, x: functional_call(module, parameters, (x,))

@@ -1,12 +1,13 @@
 """Gradients are as exact as theory lets them be: against autograd in float64, and against scipy at the same price.
 
-Errors are relative norms over all gradients of a module, for a loss that is a positive sum of its outputs, at numbers
-that float32 can hold. The table is the one this package promises, measured elsewhere on modules of unnamed sizes;
-round-off averages out with the number of outputs, so the sizes here are those of a small batch, not of one row.
+Errors are relative norms over all gradients of a module, those of its input and of its parameters taken together. What
+theory lets them be is derived in `accuracy`.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -15,71 +16,60 @@ import pytest
 import torch
 from scipy.optimize._numdiff import approx_derivative
 from torch import Tensor
-from torch.func import functional_call
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.function import blackbox
-from tests.blackbox.helpers import MODULES, relative_error, seen_through
+from tests.blackbox.accuracy import FORMULAS, OF_A_BATCH, TABLE, Problem, of_any_size
 
-FORWARD, CENTRAL, FOURTH = ForwardDifference(), CentralDifference(), CentralDifference(order=4)
-SETTINGS: dict[str, tuple[Estimator, torch.dtype]] = {
-    "forward, f32": (FORWARD, torch.float32),
-    "central, f32": (CENTRAL, torch.float32),
-    "order 4, f32": (FOURTH, torch.float32),
-    "forward, f64": (FORWARD, torch.float64),
-    "central, f64": (CENTRAL, torch.float64),
-}
-TABLE = {
-    "Linear": (8e-5, 2e-6, 4e-7, 4e-10, 1e-16),
-    "LayerNorm": (6e-5, 2e-6, 6e-7, 1e-9, 2e-12),
-    "Conv2d": (1e-4, 4e-6, 8e-7, 2e-9, 2e-16),
-    "GRU": (6e-4, 3e-5, 5e-6, 2e-8, 4e-11),
-    # of all in the table the GRU is the most curved; a block of attention is no worse
-    "transformer block": (6e-4, 3e-5, 5e-6, 2e-8, 4e-11),
-}
+FORWARD, CENTRAL = ForwardDifference(), CentralDifference()
+SEEDS = {kind: range(3 if kind == "transformer block" else 6) for kind in OF_A_BATCH}
 
 
-def error(kind: str, estimator: Estimator, dtype: torch.dtype, evaluated_in: torch.dtype | None = None) -> float:
-    torch.manual_seed(0)
-    make, shape, dim = MODULES[kind]
-    module = make()
-    x = torch.randn(shape).to(dtype)
-    parameters = {name: p.detach().to(dtype) for name, p in module.named_parameters()}
-    true_x = x.double().requires_grad_()
-    true = {name: p.double().requires_grad_() for name, p in parameters.items()}
-    y = functional_call(module, true, (true_x,))
-    cotangent = (torch.rand(y.shape) + 0.5).to(dtype)
-    truth = torch.autograd.grad(y, [true_x, *true.values()], cotangent.double())
-
-    mine_x = x.requires_grad_()
-    mine = {name: p.requires_grad_() for name, p in parameters.items()}
-    f = blackbox(
-        seen_through(module.to(dtype)), estimator=estimator, in_dims=(None, dim), out_dims=dim, dtype=evaluated_in
-    )
-    y = f(mine, mine_x)
-    assert y.dtype == dtype
-    found = torch.autograd.grad(y, [mine_x, *mine.values()], cotangent)
-    assert all(gradient.dtype == dtype for gradient in found)
-    return relative_error(found, truth)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", OF_A_BATCH)
+def test_modules_of_any_size_are_as_exact_as_derived(kind: str, dtype: torch.dtype) -> None:
+    ratios: dict[str, list[float]] = {name: [] for name in FORMULAS}
+    for seed in SEEDS[kind]:
+        problem = Problem(of_any_size(kind, seed), seed, held_by=dtype)
+        for name, formula in FORMULAS.items():
+            error, expected = problem.error(formula, dtype), problem.expected(formula, dtype)
+            # what is not truncation is noise, and noise stays within four standard errors
+            assert error <= expected.truncation + 4 * expected.noise, (name, seed)
+            ratios[name].append(error / expected.total)
+    for name, some in ratios.items():
+        # in the mean of squares noise is no more than its own; a bound ten times too wide would be none
+        assert 0.1 <= math.sqrt(statistics.fmean(ratio**2 for ratio in some)) <= 1, name
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("kind", MODULES)
-def test_modules_are_within_twice_the_table(kind: str, setting: str) -> None:
-    allowed = 2 * TABLE[kind][list(SETTINGS).index(setting)]
-    assert error(kind, *SETTINGS[setting]) <= allowed
+@pytest.mark.parametrize("kind", TABLE)
+def test_the_table_holds_for_a_small_batch(kind: str) -> None:
+    """The promised figures, within a factor of two, by the median of five seeds.
+
+    The table does not say what its modules' sizes and losses were. Here they are those of `OF_A_BATCH`, 64 to 256 rows
+    for Linear and LayerNorm, 8 images of 6 x 6, 16 sequences of 6 steps; the loss is a sum of the outputs with weights
+    between 1/2 and 3/2, and all numbers are such that float32 can hold them, in float64 as well, where a Linear then
+    hardly rounds at all. Both matter: a loss of either sign, or few rows, makes a smaller gradient of the same
+    round-off; central differences in float32 of a Linear(5, 6) on 3 rows are off by 4e-6 to 7e-6. What the error must
+    be for other sizes and losses is what the test above asks.
+    """
+    settings = [(formula, dtype) for dtype in (torch.float32, torch.float64) for formula in FORMULAS.values()]
+    problems = [Problem(OF_A_BATCH[kind], seed, torch.float32, positive=True) for seed in range(5)]
+    for allowed, (formula, dtype) in zip(TABLE[kind], settings, strict=False):
+        median = statistics.median(problem.error(formula, dtype) for problem in problems)
+        assert median <= 2 * allowed, (formula, dtype)
 
 
-@pytest.mark.parametrize("kind", MODULES)
-def test_order_4_in_float64(kind: str) -> None:
-    # round-off alone: eps |f| 3/2 / h with h = 2^-10, relative to slopes of about |f|, and truncation below it
-    assert error(kind, FOURTH, torch.float64) <= 2.0**-52 * 1.5 / 2.0**-10 * 30
-
-
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", OF_A_BATCH)
 def test_bfloat16_evaluated_in_float32_loses_only_the_last_rounding(kind: str) -> None:
-    # rounding to the 8 bits of bfloat16 is off by at most 2^-8 in each element
-    assert error(kind, CENTRAL, torch.bfloat16, torch.float32) <= 2.0**-8
+    formula = FORMULAS["central"]
+    for seed in SEEDS[kind]:
+        problem = Problem(of_any_size(kind, seed), seed, held_by=torch.bfloat16)
+        found = problem.found(formula, torch.bfloat16, evaluated_in=torch.float32)
+        in_float32 = problem.found(formula, torch.float32)
+        assert all(torch.equal(one, other.bfloat16()) for one, other in zip(found, in_float32, strict=True))
+        # rounding to the 8 bits of bfloat16 is off by at most 2^-8 in each element
+        error = problem.error(formula, torch.bfloat16, evaluated_in=torch.float32)
+        assert error <= 2.0**-8 + problem.error(formula, torch.float32)
 
 
 def vector_of_two(x: Any) -> Any:
@@ -111,6 +101,7 @@ SCIPY: dict[str, tuple[Callable[[Any], Any], list[float], Callable[[Tensor], Ten
 def test_no_more_than_twice_the_error_of_scipy_for_as_many_evaluations(
     name: str, method: str, estimator: Estimator
 ) -> None:
+    """At the point and at others within a hundredth of it: at one alone, either may be lucky in the last bits of f."""
     function, at, twin = SCIPY[name]
     calls = 0
 
@@ -119,18 +110,20 @@ def test_no_more_than_twice_the_error_of_scipy_for_as_many_evaluations(
         calls += 1
         return function(x)
 
-    theirs = np.atleast_2d(approx_derivative(counted, np.array(at), method=method))
-    their_calls = calls - 1  # the value at x, which the forward call has
-    true = torch.autograd.functional.jacobian(twin, torch.tensor(at, dtype=torch.float64)).numpy()
-    f = blackbox(function, estimator=estimator, numpy=True)
-    x = torch.tensor(at, dtype=torch.float64, requires_grad=True)
-    y = f(x)
-    mine = np.stack([torch.autograd.grad(y[k], x, retain_graph=True)[0].numpy() for k in range(len(y))])
-    assert f.nfev == their_calls * len(y)
+    def off(jacobian: Any) -> float:
+        return float(np.linalg.norm((jacobian - true) / np.maximum(np.abs(true), 1e-300)))
 
-    def off(jacobian: Any) -> Any:
-        return np.linalg.norm((jacobian - true) / np.maximum(np.abs(true), 1e-300))
-
-    # below this both are at the mercy of how the last bits of f fall
-    unit = 2.0**-52 / {"2-point": 2.0**-26, "3-point": 2.0**-17}[method]
-    assert off(mine) <= 2 * max(off(theirs), unit)
+    nearby = 1 + 0.01 * np.random.default_rng(0).uniform(-1, 1, (40, len(at)))
+    mine, theirs = [], []
+    for point in np.array(at) * np.concatenate([np.ones((1, len(at))), nearby]):
+        calls = 0
+        jacobian = np.atleast_2d(approx_derivative(counted, point, method=method))
+        their_calls = calls - 1  # the value at x, which the forward call has
+        x = torch.tensor(point, requires_grad=True)
+        true = torch.autograd.functional.jacobian(twin, x.detach()).numpy()
+        theirs.append(off(jacobian))
+        f = blackbox(function, estimator=estimator, numpy=True)
+        y = f(x)
+        mine.append(off(np.stack([torch.autograd.grad(row, x, retain_graph=True)[0].numpy() for row in y])))
+        assert f.nfev == their_calls * len(y)
+    assert np.linalg.norm(mine) <= 2 * np.linalg.norm(theirs)

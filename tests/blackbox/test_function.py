@@ -128,17 +128,20 @@ def test_rows_are_moved_together_where_in_dims_says_so() -> None:
         assert relative_error(found, [t.double() for t in true]) <= 1e-6
 
 
+@pytest.mark.parametrize("outputs", [1, 43])
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 @pytest.mark.parametrize("kind", COORDINATE_ESTIMATORS)
-def test_batch_parallel_equals_element_by_element_bit_for_bit(kind: str, evaluator: str) -> None:
-    def f(x: Tensor, w: Tensor) -> Tensor:
-        # elementwise kernels give the same bits for every batch size
-        return torch.stack([(x * w).tanh().sum(-1), x.sin()[:, 1] * w.sum()], -1).detach()
+def test_batch_parallel_equals_element_by_element_bit_for_bit(kind: str, evaluator: str, outputs: int) -> None:
+    def f(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        # elementwise kernels give the same bits for every batch size; many outputs show the order they are added in
+        powers = torch.arange(1, outputs + 1, dtype=x.dtype) / 8
+        y = (x * w).tanh().sum(-1)[:, None] * powers
+        return y.sin().detach(), (x.sin()[:, 1] * w.sum()).detach()
 
     for dtype in (torch.float32, torch.float64):
         x = torch.randn(6, 3, dtype=dtype).requires_grad_()
         w = torch.randn(3, dtype=dtype).requires_grad_()
-        v = torch.randn(6, 2, dtype=dtype)
+        v = [torch.randn(6, outputs, dtype=dtype), torch.randn(6, dtype=dtype)]
         together = blackbox(
             f, estimator=COORDINATE_ESTIMATORS[kind], evaluator=EVALUATORS[evaluator], in_dims=(0, None)
         )

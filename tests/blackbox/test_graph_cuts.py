@@ -105,10 +105,10 @@ NO_GRAD_FN = [
     (by_numpy, ".numpy()"),
     (by_detach, ".detach()"),
     (by_data, ".data"),
-    (by_format, "tensor formatted into a string"),
+    (by_format, "formatting a tensor into a string"),
     (by_constructor, "torch.tensor(...)"),
     (by_new_tensor, ".new_tensor(...)"),
-    (by_no_grad, "gradient mode switched off"),
+    (by_no_grad, "gradients being switched off"),
     (by_argmax, "argmax()"),
     (by_threshold, "gt()"),
     (by_integers, "long()"),
@@ -299,6 +299,16 @@ def test_a_module_run_without_gradients_leaves_the_cut_to_its_caller() -> None:
     assert "no_grad" in found.remedy
 
 
+def test_a_property_read_without_gradients_is_named() -> None:
+    def transposed(y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return y.mT
+
+    (found,) = find_graph_cuts(nn.Sequential(nn.Linear(4, 3), Cutting(transposed)), torch.randn(5, 4))
+    assert found.kind is CutKind.NO_GRAD_FN
+    assert [call.label for call in found.calls] == ["gradients being switched off"]
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpoints_are_not_cuts(use_reentrant: bool) -> None:
     class Checkpointed(nn.Module):
@@ -333,11 +343,11 @@ def test_a_cut_that_no_call_shows_is_still_a_cut() -> None:
 def test_functions_and_inputs_are_followed() -> None:
     x = torch.randn(3, requires_grad=True)
     (found,) = find_graph_cuts(by_data, x)
-    assert found.lost == ("input 0",)
+    assert found.lost == ("input 'y'",)
     assert found.is_function
     assert "the function (by_data)" in str(found)
     # with nothing that requires grad, inputs are followed as if they did
-    assert find_graph_cuts(by_data, torch.randn(3))[0].lost == ("input 0",)
+    assert find_graph_cuts(by_data, torch.randn(3))[0].lost == ("input 'y'",)
     hidden = (torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True))
     assert find_graph_cuts(lambda x, state: x + state[0].data + state[1], x, state=hidden)[0].lost == ("input 'state'",)
 
@@ -345,7 +355,8 @@ def test_functions_and_inputs_are_followed() -> None:
 def test_inputs_inside_a_graph_are_sources_themselves() -> None:
     w = torch.randn(3, requires_grad=True)
     (found,) = find_graph_cuts(by_data, w * 2)
-    assert found.lost == ("input 0",)
+    assert found.lost == ("input 'y'",)
+    assert find_graph_cuts(lambda *ys: ys[1].data, w, w * 2)[0].lost == ("input 0", "input 1")
 
 
 def test_deep_graphs_do_not_exhaust_the_stack() -> None:
@@ -400,14 +411,19 @@ def test_the_report_reads_as_prose() -> None:
     model = nn.Sequential(nn.Linear(4, 3), Cutting(by_format))
     line, source = line_of_cut(by_format)
     assert str(find_graph_cuts(model, torch.randn(5, 4))).splitlines() == [
-        "1 cut in the autograd graph, innermost first",
-        "1. module '1' (Cutting): its output has no grad_fn",
-        "    lost: 0.weight, 0.bias, 1.inner.weight, 1.inner.bias",
-        f"    cut by tensor formatted into a string at {__file__}:{line}",
+        "1 cut in the autograd graph",
+        "1. module '1' (Cutting): its output has no grad_fn, backward() ends there",
+        "    gradient lost for: 0.weight, 0.bias, 1.inner.weight, 1.inner.bias",
+        f"    cut at {__file__}:{line} by formatting a tensor into a string",
         f"        {source}",
-        "    remedy: keep the tensor instead of its Python value; where that cannot be, wrap the computation in "
-        "blackbox(fn) or attach FiniteDifferenceGradients(model, modules=['1'])",
+        "    remedy: compute with the tensor instead of its Python value; where that cannot be, take finite "
+        "differences: FiniteDifferenceGradients(model, modules=['1']).attach(trainer), or blackbox(fn) around these "
+        "lines, both from ignite_tbptt.blackbox",
     ]
+    report = str(find_graph_cuts(by_format, torch.randn(5, 4)))
+    assert report.endswith("take finite differences: blackbox(by_format), from ignite_tbptt.blackbox")
+    two = nn.Sequential(nn.Sequential(nn.Linear(2, 2), Cutting2(), nn.Linear(2, 3)), Cutting(by_round))
+    assert str(find_graph_cuts(two, torch.randn(1, 2))).startswith("2 cuts in the autograd graph, innermost first\n1. ")
 
 
 def test_long_lists_of_names_are_shortened() -> None:

@@ -408,7 +408,8 @@ TWO_RANKS = """
         idist.barrier()  # a rank that leaves early can take the other down with it
 
     if __name__ == "__main__":
-        with idist.Parallel(backend="gloo", nproc_per_node=2) as parallel:
+        # ranks meet in a file: a port could be another run's, and with it would go the rank that serves it
+        with idist.Parallel(backend="gloo", nproc_per_node=2, init_method=sys.argv[1]) as parallel:
             parallel.run(train)
 """
 
@@ -419,10 +420,10 @@ def test_two_ranks_train_alike(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), f"file://{tmp_path}/meeting"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment,
         cwd=root,
         check=False,
@@ -470,6 +471,13 @@ def test_a_shared_module_goes_by_either_name() -> None:
 def test_modules_that_are_not_there_are_refused(modules: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FiniteDifferenceGradients(Recurrent(True), modules)
+
+
+def test_a_model_without_modules_has_no_nearest_names() -> None:
+    with pytest.raises(
+        ValueError, match="no module 'weight' in Linear; it has no modules inside; pass the model itself"
+    ):
+        FiniteDifferenceGradients(nn.Linear(2, 2), "weight")
 
 
 def test_something_that_is_no_model_is_refused() -> None:

@@ -536,6 +536,8 @@ def test_replicas_of_data_parallel_are_refused() -> None:
 def test_bad_modules_are_refused() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function; for a function use blackbox"):
         bind(run)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"module_or_fn must be a torch\.nn\.Module or a function, got 3 of type int"):
+        Blackbox(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="numpy=True is for functions of arrays"):
         Blackbox(nn.Linear(2, 2), numpy=True)
 
