@@ -244,7 +244,10 @@ class _Random(ABC):
 
     def __post_init__(self) -> None:
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise ValueError(f"n must be a whole number of directions, at least 1, got {self.n!r}")
+            raise ValueError(
+                f"n must be a whole number of directions, at least 1, got {self.n!r}: without any there is no "
+                "gradient; give n=1 for the cheapest, or Coordinates() for an exact one"
+            )
 
     @abstractmethod
     def _directions(self, rows: int, width: int, generator: torch.Generator) -> Tensor:

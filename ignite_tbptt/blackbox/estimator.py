@@ -20,7 +20,7 @@ from torch import Tensor
 from ignite_tbptt.blackbox.blocks import Block
 from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
-from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, require_positive
 
 __all__ = [
     "SPSA",
@@ -122,6 +122,7 @@ def GaussianSmoothing(n: int, sigma: float, seed: int = 0) -> Estimator:  # noqa
     Raises:
         ValueError: n below 1, or a sigma that is not positive and finite.
     """
+    require_positive("sigma", sigma, "choose the width over which jumps are to be smoothed; SPSA(n) needs none")
     return Estimator(central(), Gaussian(n, seed), AbsoluteStep(sigma))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.stencil import Stencil
 
-__all__ = ["AbsoluteStep", "BoundedStep", "RelativeStep", "StepSize", "Steps"]
+__all__ = ["AbsoluteStep", "BoundedStep", "RelativeStep", "StepSize", "Steps", "require_positive"]
 
 # Below a quarter of the step that was asked for, round-off would cost more digits than a one-sided formula does.
 _SHRINK_AT_MOST = 0.25
@@ -82,7 +82,7 @@ class RelativeStep:
 
     def __post_init__(self) -> None:
         if self.factor is not None:
-            _check_positive("factor", self.factor, "leave it out for the step that suits the precision")
+            require_positive("factor", self.factor, "leave it out for the step that suits the precision")
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
@@ -117,7 +117,7 @@ class AbsoluteStep:
     h: float
 
     def __post_init__(self) -> None:
-        _check_positive("h", self.h, "RelativeStep() chooses a step by itself")
+        require_positive("h", self.h, "RelativeStep() chooses a step by itself")
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
@@ -253,7 +253,12 @@ def _power_of_two_below(h: Tensor) -> Tensor:
     return h.view(integer).bitwise_and(mask).view(h.dtype)
 
 
-def _check_positive(name: str, value: float, instead: str) -> None:
+def require_positive(name: str, value: float, instead: str) -> None:
+    """Refuse a distance that x cannot be moved by.
+
+    Raises:
+        ValueError: the value is not positive and finite.
+    """
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive, finite number, got {value!r}: x has to move; {instead}")
 

@@ -110,7 +110,7 @@ def test_smoothing_gives_a_gradient_where_rounding_leaves_none() -> None:
 @pytest.mark.parametrize("n", [0, -1, 1.5, True])
 def test_a_number_of_directions_below_one_is_refused(n: int) -> None:
     for make in RANDOM_DIRECTIONS.values():
-        with pytest.raises(ValueError, match="n must be a whole number of directions, at least 1, got"):
+        with pytest.raises(ValueError, match=r"n must be a whole number of directions, at least 1, got .*give n=1"):
             make(n, 0)
 
 
@@ -138,3 +138,9 @@ def test_one_step_serves_all_elements_of_a_random_direction() -> None:
     assert torch.allclose(x.grad, torch.full((2,), 3.0), rtol=1e-4)
     exact = torch.autograd.grad(blackbox(lambda x: x.detach() * 3, estimator=CentralDifference())(x).sum(), x)[0]
     assert torch.allclose(exact, torch.full((2,), 3.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0, -1.0, math.inf, math.nan])
+def test_a_width_that_nothing_is_smoothed_over(sigma: float) -> None:
+    with pytest.raises(ValueError, match=rf"sigma must be a positive, finite number, got {sigma}: .*SPSA\(n\)"):
+        GaussianSmoothing(3, sigma)
