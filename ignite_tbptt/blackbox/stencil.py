@@ -52,7 +52,7 @@ class Stencil:
         """The weight of each evaluation, in the order of the offsets."""
         return tuple(float(weight) for weight in _weights(self.offsets))
 
-    @property
+    @functools.cached_property
     def order(self) -> int:
         """The power of h in the error, which is also the degree of the polynomials that are differentiated exactly."""
         return _order(self.offsets)
