@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.cut_report import CutCall
 from ignite_tbptt.blackbox.reach import Bits, Reach, carries_gradient, is_dead_node, tensors_in
 
@@ -62,6 +63,7 @@ class ForwardWatch:
         self._names = names
         self._current: CallRecord | None = None
 
+    @outside_compiled_code
     def enter(self, path: str, module: Any, arguments: Any) -> CallRecord:
         """Open the record of a call; calls until it is left are its children."""
         with torch._C.DisableTorchFunction():  # its own questions need not be watched
@@ -76,6 +78,7 @@ class ForwardWatch:
         self._current = call
         return call
 
+    @outside_compiled_code
     def leave(self, call: CallRecord, outputs: Any) -> None:
         """Close the record of a call with what came out."""
         with torch._C.DisableTorchFunction():

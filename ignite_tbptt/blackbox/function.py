@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.arguments import Arguments
+from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
 from ignite_tbptt.blackbox.forward_call import ForwardCall, Known, Options, make_options
 from ignite_tbptt.blackbox.gradient import Differences
-from ignite_tbptt.blackbox.module_state import outside_compiled_code
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
 __all__ = ["BlackboxFunction", "blackbox", "differentiable_call"]

@@ -18,12 +18,12 @@ from ignite.engine import Engine, Events
 from ignite.utils import setup_logger
 from torch import nn
 
+from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.cut_report import CutKind, GraphCutReport
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
 from ignite_tbptt.blackbox.graph_cuts import find_graph_cuts, is_compiled, unwrapped
 from ignite_tbptt.blackbox.module import bind, bindings_of
-from ignite_tbptt.blackbox.module_state import outside_compiled_code
 
 __all__ = ["FiniteDifferenceGradients", "ModuleChoice"]
 

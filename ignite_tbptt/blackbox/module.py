@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
 from ignite_tbptt.blackbox.function import blackbox
 from ignite_tbptt.blackbox.module_call import Differencing, ModuleCall, tensors_of_call
-from ignite_tbptt.blackbox.module_state import ModuleState, outside_compiled_code
+from ignite_tbptt.blackbox.module_state import ModuleState
 from ignite_tbptt.blackbox.reach import Reach
 
 __all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]

@@ -12,20 +12,16 @@ to) are out of reach.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ignite_tbptt.blackbox.random_streams import RandomStreams
 
-__all__ = ["ModuleState", "attributes_kept", "outside_compiled_code"]
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+__all__ = ["ModuleState", "attributes_kept"]
 
 # Evaluations swap tensors inside the module itself, so that only one may run at a time, whatever thread it is in.
 _ONE_AT_A_TIME = threading.RLock()
@@ -95,18 +91,3 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
             for name in [name for name in now if name not in before]:
                 del now[name]
             now.update(before)
-
-
-def outside_compiled_code(method: _Method) -> _Method:
-    """Let torch.compile break its graph at this method and leave everything below it to Python.
-
-    `torch.compiler.disable` would do, but imports the compiler, half a second, for those who never compile.
-    """
-
-    @functools.wraps(method)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(method)(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    return cast("_Method", called)
