@@ -21,7 +21,11 @@ from ignite_tbptt.gradient_decay import GradientDecay, require_tolerance
 from ignite_tbptt.hidden import detach_hidden, move_hidden, restore_precision
 from ignite_tbptt.optimization import checked_loss
 from ignite_tbptt.recompute import buffers_of, buffers_set_to
+from ignite_tbptt.sequence import Cut
 from ignite_tbptt.truncation import TruncationPolicy, require_steps
+
+
+_MEASURING = "the measurement of the gradient horizon"
 
 
 class GradientHorizon:
@@ -36,8 +40,8 @@ class GradientHorizon:
             print(horizon.decay.rate, horizon.recommended)
             horizon.plot().savefig("horizon.png")
 
-    At the event the model is run for `window` single steps from the start of the batch in hand, in training mode and
-    full precision, and phi_k = ||dL_s/dh_{s-k}|| is taken for each of the last `samples` steps s and every lag k up to
+    At the event the model is run for `window` single steps from the start of the batch in hand (from its end less
+    `window` where only there are targets, as in many-to-one tasks), in training mode and full precision, and phi_k = ||dL_s/dh_{s-k}|| is taken for each of the last `samples` steps s and every lag k up to
     window - samples: their mean, and its standard error over s. `engine.state.gradient_decay_rate` and
     `engine.state.gradient_horizon` (infinity where gradients do not decay) are there for loggers, as
     ``OutputHandler("horizon", state_attributes=["gradient_decay_rate", "gradient_horizon"])``. It costs about
@@ -55,6 +59,7 @@ class GradientHorizon:
         ValueError: `window` is not above `samples` by two at least, or `tolerance` is not positive. When measuring: the
             batch is shorter than the window, the model carries no state that a gradient goes through, or no step
             that is sampled has a loss.
+        RuntimeError: when measuring, another rank raised: all of them stop, with its reason.
 
     Source: Aicher, Foti and Fox, Adaptively Truncating Backpropagation Through Time to Control Gradient Bias, UAI 2019,
     arXiv:1905.07473.
@@ -126,32 +131,49 @@ class GradientHorizon:
             listener(engine)
 
     def measure(self, engine: Engine) -> GradientDecay:
-        """Measure on the batch in hand, keep the result as `decay` and return it."""
+        """Measure on the batch in hand, keep the result as `decay` and return it.
+
+        Raises:
+            ValueError: as the class says.
+            RuntimeError: as the class says.
+        """
         step = _training_step(engine)
         with _no_trace(step.forward.model, step.loss_fn), torch.enable_grad():
-            states, losses = self._run(step, engine.state)
-            norms = torch.stack([self._norms(loss, states[:time]) for time, loss in losses])
+            length, cut = ranks.all_or_none(_MEASURING, lambda: self._split(step, engine.state))
+            states, losses = ranks.all_or_none(
+                _MEASURING, lambda: self._run(step, cut, 0, lambda x: _first_state(step.carry, engine.state, x))
+            )
+            if length > self.window and not any(ranks.gather(len(losses))):
+                states, losses = ranks.all_or_none(
+                    _MEASURING, lambda: self._run_at_the_end(step, cut, length, engine.state)
+                )
+            norms = ranks.all_or_none(_MEASURING, lambda: self._sampled_norms(states, losses))
         error = norms.std(0) / math.sqrt(len(norms)) if len(norms) > 1 else torch.full_like(norms[0], math.nan)
         phi, variance = ranks.mean(norms.mean(0)), ranks.mean(error.square()) / ranks.count()
         deviation = None if variance.isnan().any() else variance.sqrt().tolist()
         self._decay = GradientDecay(phi.tolist(), deviation, self.fit_from)
         return self._decay
 
-    def _run(self, step: Any, state: Any) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
-        """Run the window step by step; return the state behind each step and the sampled losses with their times."""
+    def _split(self, step: Any, state: Any) -> tuple[int, Cut]:
         length, cut = step.split_batch(state.batch, step.carry.dim)
         if length < self.window:
             raise ValueError(
                 f"the window of {self.window} steps is longer than the batch, which has {length}: give "
                 f"GradientHorizon a window of {length} steps at most, or longer batches."
             )
+        return length, cut
+
+    def _run(
+        self, step: Any, cut: Cut, start: int, first_state: Callable[[Any], Any]
+    ) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
+        """Run the window step by step; return the state behind each step and the sampled losses with their places."""
         states: list[list[torch.Tensor]] = []
         losses: list[tuple[int, Any]] = []
         hidden: Any = None
-        for time in range(self.window):
-            x, y = step.forward.prepare(cut(time, 1))
-            if time == 0:
-                hidden = _first_state(step.carry, state, x)
+        for place in range(self.window):
+            x, y = step.forward.prepare(cut(start + place, 1))
+            if place == 0:
+                hidden = first_state(x)
             y_pred, hidden = step.forward.predict(x, hidden)
             states.append([tensor for tensor in nest.tensors(hidden) if tensor.requires_grad])
             if not states[-1]:
@@ -160,15 +182,34 @@ class GradientHorizon:
                     f"measure: it returned {type(hidden).__name__} without a tensor that requires grad. Return "
                     "(y_pred, hidden) with the state attached to its graph; the trainer detaches it between windows."
                 )
-            sampled = time >= self.window - self.samples and y is not None
+            sampled = place >= self.window - self.samples and y is not None
             if sampled and (step.loss_weight is None or float(step.loss_weight(x, y)) > 0):
-                losses.append((time, checked_loss(step.loss_fn(y_pred, y))))
+                losses.append((place, checked_loss(step.loss_fn(y_pred, y))))
+        return states, losses
+
+    def _run_at_the_end(
+        self, step: Any, cut: Cut, length: int, state: Any
+    ) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
+        """Bring the state forward without a graph, in chunks as long as the window, and run the last window."""
+        start, hidden = length - self.window, None
+        with torch.no_grad():
+            for first in range(0, start, self.window):
+                x, _ = step.forward.prepare(cut(first, min(self.window, start - first)))
+                if first == 0:
+                    hidden = _first_state(step.carry, state, x)
+                _, hidden = step.forward.predict(x, hidden)
+        return self._run(step, cut, start, lambda x: detach_hidden(hidden))
+
+    def _sampled_norms(self, states: list[list[torch.Tensor]], losses: list[tuple[int, Any]]) -> torch.Tensor:
+        """Return the norms of the gradients, a row for each loss."""
         if not losses:
             raise ValueError(
-                f"none of the last {self.samples} of {self.window} steps has a loss (a target of None, or a "
-                "loss_weight of 0): give a window that ends where steps have targets."
+                f"none of the last {self.samples} of the first {self.window} steps of the batch has a loss (a target "
+                f"of None, or a loss_weight of 0), and none of its last {self.samples} steps either: give a window "
+                "that ends where steps have targets. A sequence with one target has it at its last step "
+                "(split_batch=functools.partial(split_sequence, final=[1]))."
             )
-        return states, losses
+        return torch.stack([self._norms(loss, states[:place]) for place, loss in losses])
 
     def _norms(self, loss: Any, earlier: list[list[torch.Tensor]]) -> torch.Tensor:
         """Return the norms of the gradients for the states before `loss`, the latest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ignite_tbptt import (
     GradientHorizon,
     Tbptt_Events,
     create_supervised_tbptt_trainer,
+    split_sequence,
 )
 from tests.helpers import Forecaster, batches, same, seeded, sgd, weights
 
@@ -196,6 +198,51 @@ def test_a_stateful_trainer_is_measured_from_the_state_that_it_carries() -> None
     trainer.run(batches(2))
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("steps", [12, 30])
+def test_one_target_for_the_sequence_is_measured_at_its_end(steps: int, stateful: bool) -> None:
+    """Many-to-one. The truth: the state at time T - 1 - k as a leaf, the GRU called once from there on."""
+    model = seeded(Forecaster).double()
+    x, y = batches(1, steps=steps)[0]
+    x, y = x.double(), y[-1].double()
+    trainer: Any = create_supervised_tbptt_trainer(
+        model,
+        sgd(model, 0.0),
+        lambda y_pred, y: F.mse_loss(y_pred[-1], y),
+        5,
+        split_batch=partial(split_sequence, final=[1]),
+        stateful=stateful,
+    )
+    horizon = GradientHorizon(12, samples=2)
+    horizon.attach(trainer)
+    trainer.run([(x, y)])
+    assert horizon.decay.deviation is None  # of one loss
+    for lag in (1, 5, 10):
+        leaf = model(x[: steps - lag])[1].detach().requires_grad_()
+        loss = F.mse_loss(model(x[steps - lag :], leaf)[0][-1], y)
+        expected = torch.autograd.grad(loss, leaf)[0].norm().item()
+        assert horizon.decay.phi[lag - 1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_target_for_the_sequence_is_measured_from_the_carried_state() -> None:
+    model = seeded(Forecaster).double()
+    (x, y), _ = ([part.double() for part in batch] for batch in batches(2, steps=30))
+    trainer: Any = create_supervised_tbptt_trainer(
+        model,
+        sgd(model, 0.0),
+        lambda y_pred, y: F.mse_loss(y_pred[-1], y),
+        5,
+        split_batch=partial(split_sequence, final=[1]),
+        stateful=True,
+    )
+    horizon = GradientHorizon(12, samples=2)
+    horizon.attach(trainer, Events.ITERATION_STARTED(once=2))
+    trainer.run([(x, y[-1]), (x, y[-1])])
+    leaf = model(torch.cat([x, x])[:-3])[1].detach().requires_grad_()
+    expected = torch.autograd.grad(F.mse_loss(model(x[-3:], leaf)[0][-1], y[-1]), leaf)[0].norm().item()
+    assert horizon.decay.phi[2] == pytest.approx(expected, rel=1e-12)
+
+
 def test_loggers_find_the_scalars_on_the_state(tmp_path: Path) -> None:
     model = Linear(0.5)
     trainer = create_supervised_tbptt_trainer(model, sgd(model, 0.0), lambda y_pred, y: y_pred.mean(), 4)
@@ -301,7 +348,7 @@ class Forgetful(Forecaster):
         (Detached, {}, "carries no hidden state that a gradient goes through.* returned Tensor"),
         (Forgetful, {}, "the loss does not depend on the hidden state"),
         (Forecaster, {"window": 60}, "window of 60 steps is longer than the batch, which has 50"),
-        (Forecaster, {"loss_weight": lambda x, y: int(len(y) > 1)}, "none of the last 4 of 40 steps has a loss"),
+        (Forecaster, {"loss_weight": lambda x, y: int(len(y) > 1)}, "none of the last 4 of the first 40 steps of the batch has a loss"),
     ],
 )
 def test_what_cannot_be_measured_is_said(make: Any, arguments: dict[str, Any], message: str) -> None:
