@@ -37,7 +37,7 @@ class GradientHorizon:
             horizon = GradientHorizon(window=100, tolerance=0.5)
             horizon.attach(trainer, Events.ITERATION_STARTED(every=500))
             trainer.run(data)
-            print(horizon.decay.rate, horizon.recommended)
+            print(horizon.decay.rate, horizon.recommended, horizon.recommended_chunk)
             horizon.plot().savefig("horizon.png")
 
     At the event the model is run for `window` single steps from the start of the batch in hand (from its end less
@@ -51,7 +51,7 @@ class GradientHorizon:
     Args:
         window: time steps W that are run; a batch must have as many.
         samples: how many losses, at the last steps of the window, are followed back.
-        tolerance: the relative bias that `recommended` is for.
+        tolerance: the relative bias that `recommended` and `recommended_chunk` are for.
         fit_from: lag from which the decay rate is fitted; None for the second half of the lags.
 
     Raises:
@@ -95,8 +95,20 @@ class GradientHorizon:
 
     @property
     def recommended(self) -> int | None:
-        """Least `tbtt_step` whose relative bias is below `tolerance`; None where gradients do not decay."""
+        """Least K whose relative bias is below `tolerance` for a loss that is followed back over K steps.
+
+        ``tbtt_step=SlidingTruncation(k1, k1 + K)`` gives every loss as many. None where gradients do not decay.
+        """
         return self.decay.recommended(self.tolerance)
+
+    @property
+    def recommended_chunk(self) -> int | None:
+        """Least `tbtt_step` whose relative bias is below `tolerance` for the mean loss of a chunk.
+
+        The first losses of a chunk are cut off after few steps, so it is longer than `recommended`. None where
+        gradients do not decay.
+        """
+        return self.decay.recommended_chunk(self.tolerance)
 
     def attach(self, engine: Engine, event: Any = Events.ITERATION_STARTED) -> None:
         """Measure at `event`, on the batch in hand.
@@ -223,7 +235,7 @@ class GradientHorizon:
         return torch.tensor(squares, dtype=torch.float64).sqrt()
 
     def plot(self) -> Any:
-        """Draw the decay with its fit, the relative bias of every K, and the recommendation.
+        """Draw the decay with its fit, the relative bias of every K, and what is recommended.
 
         Returns:
             A matplotlib Figure.
@@ -238,29 +250,43 @@ class GradientHorizon:
             raise ModuleNotFoundError(
                 "GradientHorizon draws with matplotlib, which is not installed: pip install 'ignite-tbptt[plot]'."
             ) from error
-        decay, recommended = self.decay, self.recommended
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
+        self._draw_decay(left)
+        self._draw_bias(right)
+        return figure
+
+    def _draw_decay(self, axes: Any) -> None:
+        decay = self.decay
         lags = range(1, len(decay.phi) + 1)
-        left.plot(lags, decay.phi, label="measured")
+        axes.plot(lags, decay.phi, label="measured")
         if decay.deviation is not None:
             band = [
                 (norm - 2 * error, norm + 2 * error) for norm, error in zip(decay.phi, decay.deviation, strict=True)
             ]
             floor = min((norm for norm in decay.phi if norm > 0), default=1.0) / 10  # the axis is logarithmic
-            left.fill_between(lags, [max(low, floor) for low, _ in band], [high for _, high in band], alpha=0.3)
+            axes.fill_between(lags, [max(low, floor) for low, _ in band], [high for _, high in band], alpha=0.3)
         tail = range(max(1, decay.tail_start), len(decay.phi) + 1)
-        left.plot(tail, [decay.fitted(lag) for lag in tail], "--", label=f"fit: {decay.rate:.4g} a step")
-        left.set(xlabel="k, steps back", ylabel="||dL(s) / dh(s-k)||", yscale="log", title="decay of the gradient")
-        steps = range(1, max(len(decay.phi), min(recommended or 0, 10 * len(decay.phi))) + 1)
-        right.plot(steps, [decay.relative_bias(count) for count in steps])
-        right.axhline(self.tolerance, color="black", linestyle=":", label=f"tolerance {self.tolerance:g}")
-        if recommended is not None:
-            right.axvline(recommended, color="tab:red", label=f"tbtt_step {recommended}")
-        right.set(xlabel="K, steps of truncation", ylabel="delta(K)", yscale="log", title="relative bias, at most")
-        left.legend()
-        right.legend()
-        return figure
+        axes.plot(tail, [decay.fitted(lag) for lag in tail], "--", label=f"fit: {decay.rate:.4g} a step")
+        axes.set(xlabel="k, steps back", ylabel="||dL(s) / dh(s-k)||", yscale="log", title="decay of the gradient")
+        axes.legend()
+
+    def _draw_bias(self, axes: Any) -> None:
+        decay, lags = self.decay, len(self.decay.phi)
+        found = [(self.recommended, "K", "tab:blue"), (self.recommended_chunk, "chunks of", "tab:orange")]
+        steps = range(1, max([lags, *(min(number or 0, 10 * lags) for number, _, _ in found)]) + 1)
+        axes.plot(steps, [decay.relative_bias(count) for count in steps], label="K steps back from every loss")
+        axes.plot(steps, [decay.chunk_bias(count) for count in steps], label="chunks of K steps, on average")
+        axes.axhline(self.tolerance, color="black", linestyle=":", label=f"tolerance {self.tolerance:g}")
+        for number, name, color in found:
+            if number is not None:
+                axes.axvline(number, color=color, linestyle="--", label=f"{name} {number}")
+        # Below a thousandth of the tolerance there is nothing to decide.
+        axes.set(xlabel="K, steps", ylabel="relative bias, at most", yscale="log", title="bias of the truncation")
+        biases = [decay.relative_bias(count) for count in steps]
+        if math.isfinite(biases[0]):
+            axes.set_ylim(bottom=max(min(biases), self.tolerance / 1000) / 2)
+        axes.legend()
 
 
 class AdaptiveTruncation:
@@ -269,9 +295,16 @@ class AdaptiveTruncation:
     Example:
         ::
 
+            trainer = create_supervised_tbptt_trainer(model, optimizer, loss_fn, tbtt_step=20)
             horizon = GradientHorizon(window=100)
             horizon.attach(trainer, Events.ITERATION_STARTED(every=100))
-            AdaptiveTruncation(horizon, tolerance=0.5, minimum=5, maximum=80).attach(trainer)
+            AdaptiveTruncation(horizon, tolerance=0.5, minimum=5, maximum=80, optimizer=optimizer).attach(trainer)
+
+    It sets the least length of chunks whose relative bias is below `tolerance` (`GradientDecay.chunk_bias`). Until the
+    first measurement the `tbtt_step` that the trainer was made with holds. In a fresh model gradients decay fast
+    whatever the task, and a model trained in short chunks alone may never show that it needs longer ones: measure
+    after some training, and let `minimum` be a length that is worth trying. Give batches much longer than `maximum`:
+    a batch whose length is no multiple of `tbtt_step` ends in a shorter chunk, which takes a step of its own.
 
     Args:
         horizon: attached to the same trainer before.
@@ -279,13 +312,14 @@ class AdaptiveTruncation:
         minimum: least `tbtt_step`.
         maximum: largest `tbtt_step`, also where gradients do not decay.
         optimizer: where given, its learning rates are multiplied by the root of the ratio of the new `tbtt_step` to the
-            old: longer chunks take fewer steps, on gradients of less noise.
+            old: longer chunks take fewer steps, on gradients of less noise. The paper does so.
 
     Raises:
         TypeError: `minimum` or `maximum` is not an integer.
         ValueError: `tolerance` is not positive, `minimum` is below 1 or above `maximum`.
 
-    Source: Aicher, Foti and Fox, 2019, arXiv:1905.07473, algorithm 2.
+    Source: Aicher, Foti and Fox, 2019, arXiv:1905.07473, algorithm 2. There every loss is followed back over K steps at
+    least, in windows that overlap and cost twice as much; here it is the mean over a chunk that keeps the tolerance.
     """
 
     def __init__(
@@ -316,7 +350,7 @@ class AdaptiveTruncation:
     def _update(self, engine: Engine) -> None:
         state: Any = engine.state
         _require_number(engine)
-        wanted = self.horizon.decay.recommended(self.tolerance)
+        wanted = self.horizon.decay.recommended_chunk(self.tolerance)
         steps = self.maximum if wanted is None else min(max(wanted, self.minimum), self.maximum)
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
