@@ -1,8 +1,8 @@
 """How far gradients reach back in the model in training, measured beside it.
 
 `GradientHorizon` measures and reports; what the measured norms mean is the arithmetic of `GradientDecay`, and
-`AdaptiveTruncation` acts on it. A measurement leaves no trace: parameters, their gradients, buffers, random numbers and the carried
-state are what they were, so a run with it ends in the same weights as one without.
+`AdaptiveTruncation` acts on it. A measurement leaves no trace: parameters, their gradients, buffers, random numbers and
+the carried state are what they were, so a run with it ends in the same weights as one without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from ignite_tbptt.recompute import buffers_of, buffers_set_to
 from ignite_tbptt.sequence import Cut
 from ignite_tbptt.truncation import require_steps
 
-
 _MEASURING = "the measurement of the gradient horizon"
 
 
@@ -40,10 +39,11 @@ class GradientHorizon:
             print(horizon.decay.rate, horizon.recommended, horizon.recommended_chunk)
             horizon.plot().savefig("horizon.png")
 
-    At the event the model is run for `window` single steps from the start of the batch in hand (from its end less
-    `window` where only there are targets, as in many-to-one tasks), in training mode and full precision, and phi_k = ||dL_s/dh_{s-k}|| is taken for each of the last `samples` steps s and every lag k up to
-    window - samples: their mean, and its standard error over s. `engine.state.gradient_decay_rate` and
-    `engine.state.gradient_horizon` (infinity where gradients do not decay) are there for loggers, as
+    At the event the model is run for `window` single steps from the start of the batch in hand, in training mode and
+    full precision, and phi_k = ||dL_s/dh_{s-k}|| is taken for each of the last `samples` steps s and every lag k up to
+    window - samples: their mean, and its standard error over s. Where only the end of a batch has targets, as in
+    many-to-one tasks, the window lies there. `engine.state.gradient_decay_rate` and `engine.state.gradient_horizon`
+    (infinity where gradients do not decay) are there for loggers, as
     ``OutputHandler("horizon", state_attributes=["gradient_decay_rate", "gradient_horizon"])``. It costs about
     `samples` times the backward of `window` steps, and their memory. `prepare_batch` and hooks of the model are called
     for its steps as well. Ranks take the mean of what they measure, so that they get the same recommendation.
