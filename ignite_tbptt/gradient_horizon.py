@@ -265,28 +265,33 @@ class GradientHorizon:
                 (norm - 2 * error, norm + 2 * error) for norm, error in zip(decay.phi, decay.deviation, strict=True)
             ]
             floor = min((norm for norm in decay.phi if norm > 0), default=1.0) / 10  # the axis is logarithmic
-            axes.fill_between(lags, [max(low, floor) for low, _ in band], [high for _, high in band], alpha=0.3)
+            lower, upper = [max(low, floor) for low, _ in band], [high for _, high in band]
+            axes.fill_between(lags, lower, upper, alpha=0.3, label="2 standard errors")
         tail = range(max(1, decay.tail_start), len(decay.phi) + 1)
         axes.plot(tail, [decay.fitted(lag) for lag in tail], "--", label=f"fit: {decay.rate:.4g} a step")
-        axes.set(xlabel="k, steps back", ylabel="||dL(s) / dh(s-k)||", yscale="log", title="decay of the gradient")
+        axes.set(xlabel="k, steps back", ylabel=r"$\|dL_s / dh_{s-k}\|$", yscale="log", title="decay of the gradient")
         axes.legend()
 
     def _draw_bias(self, axes: Any) -> None:
         decay, lags = self.decay, len(self.decay.phi)
-        found = [(self.recommended, "K", "tab:blue"), (self.recommended_chunk, "chunks of", "tab:orange")]
-        steps = range(1, max([lags, *(min(number or 0, 10 * lags) for number, _, _ in found)]) + 1)
-        axes.plot(steps, [decay.relative_bias(count) for count in steps], label="K steps back from every loss")
-        axes.plot(steps, [decay.chunk_bias(count) for count in steps], label="chunks of K steps, on average")
-        axes.axhline(self.tolerance, color="black", linestyle=":", label=f"tolerance {self.tolerance:g}")
-        for number, name, color in found:
+        found = [
+            (self.recommended, decay.relative_bias, "K steps back from each loss", "tab:blue"),
+            (self.recommended_chunk, decay.chunk_bias, "chunks of K steps", "tab:orange"),
+        ]
+        last = max([lags, *(min(number, 10 * lags) for number, *_ in found if number is not None)])
+        largest = 1.0
+        for number, bias, name, color in found:
+            biases = [bias(steps) for steps in range(1, last + 1)]
+            axes.plot(range(1, last + 1), biases, color=color, label=f"{name}: {number or 'no bound'}")
             if number is not None:
-                axes.axvline(number, color=color, linestyle="--", label=f"{name} {number}")
-        # Below a thousandth of the tolerance there is nothing to decide.
-        axes.set(xlabel="K, steps", ylabel="relative bias, at most", yscale="log", title="bias of the truncation")
-        biases = [decay.relative_bias(count) for count in steps]
-        if math.isfinite(biases[0]):
-            axes.set_ylim(bottom=max(min(biases), self.tolerance / 1000) / 2)
-        axes.legend()
+                axes.axvline(number, color=color, linestyle=":")
+                largest = max(largest, biases[0])
+        axes.axhline(self.tolerance, color="black", linestyle=":", label=f"tolerance {self.tolerance:g}")
+        axes.set(xlabel="K", ylabel="relative bias, at most", yscale="log", title="bias of the truncation")
+        axes.set_xlim(0, last + 1)
+        # Far below the tolerance there is nothing to decide; above the curves is room for the legend.
+        axes.set_ylim(self.tolerance / 100, 30 * max(largest, self.tolerance))
+        axes.legend(loc="upper right")
 
 
 def _training_step(engine: Engine) -> Any:

@@ -312,12 +312,22 @@ def test_the_plot_draws_decay_fit_bias_and_recommendation() -> None:
     measured_line, fit = left.get_lines()
     assert list(measured_line.get_ydata()) == list(horizon.decay.phi)
     assert fit.get_ydata() == pytest.approx([0.9**k / math.sqrt(12) for k in fit.get_xdata()], rel=1e-4)
-    bias, chunk_bias, tolerance, recommended, chunk = right.get_lines()
+    bias, recommended, chunk_bias, chunk, tolerance = right.get_lines()
     assert bias.get_ydata()[4] == horizon.decay.relative_bias(5)
     assert chunk_bias.get_ydata()[4] == horizon.decay.chunk_bias(5)
     assert set(tolerance.get_ydata()) == {0.5}
     assert set(recommended.get_xdata()) == {horizon.recommended} == {7}
     assert set(chunk.get_xdata()) == {horizon.recommended_chunk} == {17}
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert labels == ["K steps back from each loss: 7", "chunks of K steps: 17", "tolerance 0.5"]
+
+
+def test_the_plot_of_gradients_that_do_not_decay_recommends_nothing() -> None:
+    pytest.importorskip("matplotlib")
+    _, right = measured(Linear(1.0), loss_fn=lambda y_pred, y: y_pred.mean()).plot().axes
+    assert [len(line.get_xdata()) for line in right.get_lines()] == [36, 36, 2]  # two curves and the tolerance
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert labels == ["K steps back from each loss: no bound", "chunks of K steps: no bound", "tolerance 0.5"]
 
 
 # Adapting
