@@ -27,11 +27,13 @@ class AdaptiveTruncation:
             horizon.attach(trainer, Events.ITERATION_STARTED(every=100))
             AdaptiveTruncation(horizon, tolerance=0.5, minimum=5, maximum=80, optimizer=optimizer).attach(trainer)
 
-    It sets the least length of chunks whose relative bias is below `tolerance` (`GradientDecay.chunk_bias`). Until the
-    first measurement the `tbtt_step` that the trainer was made with holds. In a fresh model gradients decay fast
-    whatever the task, and a model trained in short chunks alone may never show that it needs longer ones: measure
-    after some training, and let `minimum` be a length that is worth trying. Give batches much longer than `maximum`:
-    a batch whose length is no multiple of `tbtt_step` ends in a shorter chunk, which takes a step of its own.
+    It sets the least length of chunks whose relative bias is below `tolerance` (`GradientDecay.chunk_bias`), or the
+    nearest one with which a batch does not end in a chunk of less than half that length: such a stub would take an
+    optimizer step like any other, on a gradient that is noisier and cut off earlier.
+
+    Until the first measurement the `tbtt_step` that the trainer was made with holds. In a fresh model gradients decay
+    fast whatever the task, and a model trained in short chunks alone may never show that it needs longer ones: measure
+    after some training, and let `minimum` be a length that is worth trying.
 
     Args:
         horizon: attached to the same trainer before.
@@ -79,10 +81,17 @@ class AdaptiveTruncation:
         _require_number(engine)
         wanted = self.horizon.decay.recommended_chunk(self.tolerance)
         steps = self.maximum if wanted is None else min(max(wanted, self.minimum), self.maximum)
+        steps = self._without_a_stub(steps, self.horizon.batch_steps)
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] *= math.sqrt(steps / state.tbtt_step)
         state.tbtt_step = steps
+
+    def _without_a_stub(self, wanted: int, batch_steps: int) -> int:
+        """Return the length next to `wanted`, the longer of two, of which the rest of a batch is 0 or at least half."""
+        lengths = range(self.minimum, self.maximum + 1)
+        even = [steps for steps in lengths if not 0 < batch_steps % steps < steps / 2]
+        return min(even, key=lambda steps: (abs(steps - wanted), -steps), default=wanted)
 
 
 def _require_number(engine: Engine) -> None:

@@ -48,6 +48,9 @@ class GradientHorizon:
     `samples` times the backward of `window` steps, and their memory. `prepare_batch` and hooks of the model are called
     for its steps as well. Ranks take the mean of what they measure, so that they get the same recommendation.
 
+    Attributes:
+        batch_steps: time steps of the batch that was measured last.
+
     Args:
         window: time steps W that are run; a batch must have as many.
         samples: how many losses, at the last steps of the window, are followed back.
@@ -76,6 +79,7 @@ class GradientHorizon:
             )
         self.window, self.samples, self.tolerance, self.fit_from = window, samples, tolerance, fit_from
         self.engine: Engine | None = None
+        self.batch_steps = 0
         self._decay: GradientDecay | None = None
         self._listeners: list[Callable[[Engine], None]] = []
 
@@ -163,7 +167,7 @@ class GradientHorizon:
         error = norms.std(0) / math.sqrt(len(norms)) if len(norms) > 1 else torch.full_like(norms[0], math.nan)
         phi, variance = ranks.mean(norms.mean(0)), ranks.mean(error.square()) / ranks.count()
         deviation = None if variance.isnan().any() else variance.sqrt().tolist()
-        self._decay = GradientDecay(phi.tolist(), deviation, self.fit_from)
+        self._decay, self.batch_steps = GradientDecay(phi.tolist(), deviation, self.fit_from), length
         return self._decay
 
     def _split(self, step: Any, state: Any) -> tuple[int, Cut]:

@@ -334,7 +334,7 @@ def test_the_plot_of_gradients_that_do_not_decay_recommends_nothing() -> None:
 
 
 def test_adaptive_truncation_sets_the_step_within_its_limits_and_scales_the_rate() -> None:
-    def run(minimum: int, maximum: int, rate: float = 0.9) -> tuple[int, list[int], Any]:
+    def run(minimum: int, maximum: int, rate: float = 0.9, steps: int = 84) -> tuple[int, list[int], Any]:
         model = Linear(rate)
         optimizer = sgd(model, 0.01)
         trainer = create_supervised_tbptt_trainer(model, optimizer, lambda y_pred, y: y_pred.mean(), 28)
@@ -345,14 +345,18 @@ def test_adaptive_truncation_sets_the_step_within_its_limits_and_scales_the_rate
         trainer.add_event_handler(
             Events.ITERATION_COMPLETED, lambda e: windows.append(e.state.time_iterations_per_sequence)
         )
-        trainer.run(batches(2, steps=84))
+        trainer.run(batches(2, steps=steps))
         return trainer.state.tbtt_step, windows, optimizer.param_groups[0]["lr"]
 
-    # The least length with (1 - 0.9^K) / (1 - 0.9) / K < 0.5 is 17.
+    # The least length with (1 - 0.9^K) / (1 - 0.9) / K < 0.5 is 17; of 84 steps it leaves 16.
     assert run(1, 50) == (17, [3, 5], pytest.approx(0.01 * math.sqrt(17 / 28)))
     assert run(21, 50)[:2] == (21, [3, 4])
     assert run(1, 4)[:2] == (4, [3, 21])
     assert run(1, 42, rate=1.0)[:2] == (42, [3, 2])  # no decay: the longest that is allowed
+    # Of 88 steps 17 leaves 3, 16 and 18 leave 8 and 16: an optimizer step on 3 would be one on next to nothing.
+    assert run(1, 50, steps=88)[:2] == (18, [4, 5])
+    assert run(1, 17, steps=88)[:2] == (16, [4, 6])
+    assert run(17, 17, steps=88)[:2] == (17, [4, 6])  # nothing else is allowed
 
 
 # Bad input
