@@ -29,7 +29,8 @@ class AdaptiveTruncation:
 
     It sets the least length of chunks whose relative bias is below `tolerance` (`GradientDecay.chunk_bias`), or the
     nearest one with which a batch does not end in a chunk of less than half that length: such a stub would take an
-    optimizer step like any other, on a gradient that is noisier and cut off earlier.
+    optimizer step like any other, on a gradient that is noisier and cut off earlier. Every step is taken to have a
+    loss: in a many-to-one task chunks of ``horizon.recommended`` steps are long enough.
 
     Until the first measurement the `tbtt_step` that the trainer was made with holds. In a fresh model gradients decay
     fast whatever the task, and a model trained in short chunks alone may never show that it needs longer ones: measure

@@ -49,7 +49,7 @@ class GradientHorizon:
     for its steps as well. Ranks take the mean of what they measure, so that they get the same recommendation.
 
     Attributes:
-        batch_steps: time steps of the batch that was measured last.
+        batch_steps: time steps of the batch that was measured last, of the shortest where ranks differ.
 
     Args:
         window: time steps W that are run; a batch must have as many.
@@ -156,10 +156,11 @@ class GradientHorizon:
         step = _training_step(engine)
         with _no_trace(step.forward.model, step.loss_fn), torch.enable_grad():
             length, cut = ranks.all_or_none(_MEASURING, lambda: self._split(step, engine.state))
+            shortest = int(min(ranks.gather(length)))  # the same on all ranks, so that they take the same turns
             states, losses = ranks.all_or_none(
                 _MEASURING, lambda: self._run(step, cut, 0, lambda x: _first_state(step.carry, engine.state, x))
             )
-            if length > self.window and not any(ranks.gather(len(losses))):
+            if shortest > self.window and not any(ranks.gather(len(losses))):
                 states, losses = ranks.all_or_none(
                     _MEASURING, lambda: self._run_at_the_end(step, cut, length, engine.state)
                 )
@@ -167,7 +168,7 @@ class GradientHorizon:
         error = norms.std(0) / math.sqrt(len(norms)) if len(norms) > 1 else torch.full_like(norms[0], math.nan)
         phi, variance = ranks.mean(norms.mean(0)), ranks.mean(error.square()) / ranks.count()
         deviation = None if variance.isnan().any() else variance.sqrt().tolist()
-        self._decay, self.batch_steps = GradientDecay(phi.tolist(), deviation, self.fit_from), length
+        self._decay, self.batch_steps = GradientDecay(phi.tolist(), deviation, self.fit_from), shortest
         return self._decay
 
     def _split(self, step: Any, state: Any) -> tuple[int, Cut]:

@@ -105,6 +105,14 @@ def test_ranks_that_disagree_raise_everywhere(case: str, message: str, tmp_path:
     assert time.monotonic() - start < 60  # no more than a start; a hang would last until gloo's half hour is over
 
 
+def test_ranks_with_batches_of_different_lengths_measure_together(tmp_path: Path) -> None:
+    """A batch of 10 steps may be measured at its end, one of 9 with a window of 9 has no other place."""
+    result = launch("horizon_lengths", tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"horizon_lengths_{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["phi"], second["phi"])
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
