@@ -21,6 +21,12 @@ The protocol of the comparison was fixed on the seeds 100 to 102, before it was 
   36,000 steps, is told as well, for it is less noisy. The best fixed K is the one with the least mean over the seeds;
   the best of each seed, which nobody knows beforehand, is told as well.
 
+It gave means of 1.194 for adaptive and 1.470, 1.164, 1.177, 1.211 for chunks of 10, 15, 20, 30: adaptive is 0.031 +-
+0.020 above the best of them at the end, 0.003 +- 0.029 above it over the last three. An earlier version, which could
+leave a chunk of a few steps at the end of a batch, was run once on the seeds 0 to 4, two of which had been seen before:
+1.181, and 1.377, 1.159, 1.163, 1.181. So a good length is found in one run and not in four. It is far better than a
+wrong guess, and no better than the best one: between 15 and 30 one seed differs from the next by more than two lengths.
+
 Source of the task and the comparison: Aicher, Foti and Fox, Adaptively Truncating Backpropagation Through Time to
 Control Gradient Bias, UAI 2019, arXiv:1905.07473, section 5.1.
 """
