@@ -25,7 +25,7 @@ It gave means of 1.194 for adaptive and 1.470, 1.164, 1.177, 1.211 for chunks of
 0.020 above the best of them at the end, 0.003 +- 0.029 above it over the last three. An earlier version, which could
 leave a chunk of a few steps at the end of a batch, was run once on the seeds 0 to 4, two of which had been seen before:
 1.181, and 1.377, 1.159, 1.163, 1.181. So a good length is found in one run and not in four. It is far better than a
-wrong guess, and no better than the best one: between 15 and 30 one seed differs from the next by more than two lengths.
+wrong guess, and no better than the best one; between 15 and 30 lengths differ by no more than seeds do.
 
 Source of the task and the comparison: Aicher, Foti and Fox, Adaptively Truncating Backpropagation Through Time to
 Control Gradient Bias, UAI 2019, arXiv:1905.07473, section 5.1.
