@@ -7,6 +7,7 @@ a truncation leaves out is added up, and the shortest one within a tolerance is 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +30,9 @@ class GradientDecay:
     their ratio. (Both in the units of the gradient of the state: the factor from there to the parameters is taken to
     be one and the same for all k, as in the paper.) Beyond the last lag phi is continued geometrically.
 
-    K steps back are what each loss has with ``SlidingTruncation(k1, K)``; in chunks of K steps it is the loss of the
-    last step that has them.
+    K steps back are what each loss has with ``SlidingTruncation(k1, k1 + K)``, at least. In chunks of K steps it is the
+    loss of the last step alone that reaches back that far, nearly, and the first reaches no earlier state: see
+    `chunk_bias`.
 
     Args:
         phi: norms at the lags 1, 2, ..., in any unit.
@@ -128,6 +130,43 @@ class GradientDecay:
                 return steps
         excess = math.log(self.relative_bias(len(self.phi)) / tolerance)
         return len(self.phi) + math.floor(-excess / math.log(self.rate)) + 1
+
+    def chunk_bias(self, steps: int) -> float:
+        """Return the relative bias in chunks of `steps` time steps with a loss at each; infinity if there is no bound.
+
+        The loss of the j-th step of a chunk, j = 0, 1, ..., is followed back over j steps, so this is the mean of
+        delta(0), ..., delta(steps - 1).
+
+        Example:
+            >>> GradientDecay([0.5**k for k in range(1, 61)]).chunk_bias(2)  # the mean of 1 and 0.5
+            0.75
+        """
+        if self.rate >= 1 or self._norm <= 0:
+            return math.inf
+        within = self._left_out_up_to[min(steps, len(self._left_out)) - 1]
+        beyond = steps - len(self._left_out)
+        if beyond > 0 and self.rate > 0:
+            within += self._left_out[-1] * self.rate * (1 - self.rate**beyond) / (1 - self.rate)
+        return within / steps / self._norm
+
+    def recommended_chunk(self, tolerance: float) -> int | None:
+        """Return the least length of chunks whose relative bias is below `tolerance`, None if no length is known.
+
+        Raises:
+            ValueError: `tolerance` is not positive and finite.
+        """
+        require_tolerance(tolerance)
+        if not math.isfinite(self.chunk_bias(1)):
+            return None
+        longest = 1
+        while self.chunk_bias(longest) >= tolerance:
+            longest *= 2
+        return bisect_left(range(longest), True, lo=1, key=lambda steps: self.chunk_bias(steps) < tolerance)
+
+    @cached_property
+    def _left_out_up_to(self) -> list[float]:
+        """The sum of E(0), ..., E(K) for K = 0, ..., the last lag."""
+        return list(accumulate(self._left_out))
 
 
 def require_tolerance(tolerance: float) -> None:

@@ -1,8 +1,8 @@
-"""How far gradients reach back in the model in training, measured beside it, and chunks as long as that.
+"""How far gradients reach back in the model in training, measured beside it.
 
-`GradientHorizon` measures and reports, `AdaptiveTruncation` acts on what it reports; the arithmetic between the two is
-`GradientDecay`. A measurement leaves no trace: parameters, their gradients, buffers, random numbers and the carried
-state are what they were, so a run with it ends in the same weights as one without.
+`GradientHorizon` measures and reports; what the measured norms mean is the arithmetic of `GradientDecay`, and
+`AdaptiveTruncation` acts on it. A measurement leaves no trace: parameters, their gradients, buffers, random numbers and
+the carried state are what they were, so a run with it ends in the same weights as one without.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from ignite_tbptt.gradient_decay import GradientDecay, require_tolerance
 from ignite_tbptt.hidden import detach_hidden, move_hidden, restore_precision
 from ignite_tbptt.optimization import checked_loss
 from ignite_tbptt.recompute import buffers_of, buffers_set_to
-from ignite_tbptt.truncation import TruncationPolicy, require_steps
+from ignite_tbptt.sequence import Cut
+from ignite_tbptt.truncation import require_steps
+
+_MEASURING = "the measurement of the gradient horizon"
 
 
 class GradientHorizon:
@@ -33,21 +36,25 @@ class GradientHorizon:
             horizon = GradientHorizon(window=100, tolerance=0.5)
             horizon.attach(trainer, Events.ITERATION_STARTED(every=500))
             trainer.run(data)
-            print(horizon.decay.rate, horizon.recommended)
+            print(horizon.decay.rate, horizon.recommended, horizon.recommended_chunk)
             horizon.plot().savefig("horizon.png")
 
     At the event the model is run for `window` single steps from the start of the batch in hand, in training mode and
     full precision, and phi_k = ||dL_s/dh_{s-k}|| is taken for each of the last `samples` steps s and every lag k up to
-    window - samples: their mean, and its standard error over s. `engine.state.gradient_decay_rate` and
-    `engine.state.gradient_horizon` (infinity where gradients do not decay) are there for loggers, as
+    window - samples: their mean, and its standard error over s. Where only the end of a batch has targets, as in
+    many-to-one tasks, the window lies there. `engine.state.gradient_decay_rate` and `engine.state.gradient_horizon`
+    (infinity where gradients do not decay) are there for loggers, as
     ``OutputHandler("horizon", state_attributes=["gradient_decay_rate", "gradient_horizon"])``. It costs about
     `samples` times the backward of `window` steps, and their memory. `prepare_batch` and hooks of the model are called
     for its steps as well. Ranks take the mean of what they measure, so that they get the same recommendation.
 
+    Attributes:
+        batch_steps: time steps of the batch that was measured last, of the shortest where ranks differ.
+
     Args:
         window: time steps W that are run; a batch must have as many.
         samples: how many losses, at the last steps of the window, are followed back.
-        tolerance: the relative bias that `recommended` is for.
+        tolerance: the relative bias that `recommended` and `recommended_chunk` are for.
         fit_from: lag from which the decay rate is fitted; None for the second half of the lags.
 
     Raises:
@@ -55,6 +62,7 @@ class GradientHorizon:
         ValueError: `window` is not above `samples` by two at least, or `tolerance` is not positive. When measuring: the
             batch is shorter than the window, the model carries no state that a gradient goes through, or no step
             that is sampled has a loss.
+        RuntimeError: when measuring, another rank raised: all of them stop, with its reason.
 
     Source: Aicher, Foti and Fox, Adaptively Truncating Backpropagation Through Time to Control Gradient Bias, UAI 2019,
     arXiv:1905.07473.
@@ -71,6 +79,7 @@ class GradientHorizon:
             )
         self.window, self.samples, self.tolerance, self.fit_from = window, samples, tolerance, fit_from
         self.engine: Engine | None = None
+        self.batch_steps = 0
         self._decay: GradientDecay | None = None
         self._listeners: list[Callable[[Engine], None]] = []
 
@@ -90,8 +99,20 @@ class GradientHorizon:
 
     @property
     def recommended(self) -> int | None:
-        """Least `tbtt_step` whose relative bias is below `tolerance`; None where gradients do not decay."""
+        """Least K whose relative bias is below `tolerance` for a loss that is followed back over K steps.
+
+        ``tbtt_step=SlidingTruncation(k1, k1 + K)`` gives every loss as many. None where gradients do not decay.
+        """
         return self.decay.recommended(self.tolerance)
+
+    @property
+    def recommended_chunk(self) -> int | None:
+        """Least `tbtt_step` whose relative bias is below `tolerance` for the mean loss of a chunk.
+
+        The first losses of a chunk are cut off after few steps, so it is longer than `recommended`. None where
+        gradients do not decay.
+        """
+        return self.decay.recommended_chunk(self.tolerance)
 
     def attach(self, engine: Engine, event: Any = Events.ITERATION_STARTED) -> None:
         """Measure at `event`, on the batch in hand.
@@ -126,32 +147,50 @@ class GradientHorizon:
             listener(engine)
 
     def measure(self, engine: Engine) -> GradientDecay:
-        """Measure on the batch in hand, keep the result as `decay` and return it."""
+        """Measure on the batch in hand, keep the result as `decay` and return it.
+
+        Raises:
+            ValueError: as the class says.
+            RuntimeError: as the class says.
+        """
         step = _training_step(engine)
         with _no_trace(step.forward.model, step.loss_fn), torch.enable_grad():
-            states, losses = self._run(step, engine.state)
-            norms = torch.stack([self._norms(loss, states[:time]) for time, loss in losses])
+            length, cut = ranks.all_or_none(_MEASURING, lambda: self._split(step, engine.state))
+            shortest = int(min(ranks.gather(length)))  # the same on all ranks, so that they take the same turns
+            states, losses = ranks.all_or_none(
+                _MEASURING, lambda: self._run(step, cut, 0, lambda x: _first_state(step.carry, engine.state, x))
+            )
+            if shortest > self.window and not any(ranks.gather(len(losses))):
+                states, losses = ranks.all_or_none(
+                    _MEASURING, lambda: self._run_at_the_end(step, cut, length, engine.state)
+                )
+            norms = ranks.all_or_none(_MEASURING, lambda: self._sampled_norms(states, losses))
         error = norms.std(0) / math.sqrt(len(norms)) if len(norms) > 1 else torch.full_like(norms[0], math.nan)
         phi, variance = ranks.mean(norms.mean(0)), ranks.mean(error.square()) / ranks.count()
         deviation = None if variance.isnan().any() else variance.sqrt().tolist()
-        self._decay = GradientDecay(phi.tolist(), deviation, self.fit_from)
+        self._decay, self.batch_steps = GradientDecay(phi.tolist(), deviation, self.fit_from), shortest
         return self._decay
 
-    def _run(self, step: Any, state: Any) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
-        """Run the window step by step; return the state behind each step and the sampled losses with their times."""
+    def _split(self, step: Any, state: Any) -> tuple[int, Cut]:
         length, cut = step.split_batch(state.batch, step.carry.dim)
         if length < self.window:
             raise ValueError(
                 f"the window of {self.window} steps is longer than the batch, which has {length}: give "
                 f"GradientHorizon a window of {length} steps at most, or longer batches."
             )
+        return length, cut
+
+    def _run(
+        self, step: Any, cut: Cut, start: int, first_state: Callable[[Any], Any]
+    ) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
+        """Run the window step by step; return the state behind each step and the sampled losses with their places."""
         states: list[list[torch.Tensor]] = []
         losses: list[tuple[int, Any]] = []
         hidden: Any = None
-        for time in range(self.window):
-            x, y = step.forward.prepare(cut(time, 1))
-            if time == 0:
-                hidden = _first_state(step.carry, state, x)
+        for place in range(self.window):
+            x, y = step.forward.prepare(cut(start + place, 1))
+            if place == 0:
+                hidden = first_state(x)
             y_pred, hidden = step.forward.predict(x, hidden)
             states.append([tensor for tensor in nest.tensors(hidden) if tensor.requires_grad])
             if not states[-1]:
@@ -160,15 +199,34 @@ class GradientHorizon:
                     f"measure: it returned {type(hidden).__name__} without a tensor that requires grad. Return "
                     "(y_pred, hidden) with the state attached to its graph; the trainer detaches it between windows."
                 )
-            sampled = time >= self.window - self.samples and y is not None
+            sampled = place >= self.window - self.samples and y is not None
             if sampled and (step.loss_weight is None or float(step.loss_weight(x, y)) > 0):
-                losses.append((time, checked_loss(step.loss_fn(y_pred, y))))
+                losses.append((place, checked_loss(step.loss_fn(y_pred, y))))
+        return states, losses
+
+    def _run_at_the_end(
+        self, step: Any, cut: Cut, length: int, state: Any
+    ) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
+        """Bring the state forward without a graph, in chunks as long as the window, and run the last window."""
+        start, hidden = length - self.window, None
+        with torch.no_grad():
+            for first in range(0, start, self.window):
+                x, _ = step.forward.prepare(cut(first, min(self.window, start - first)))
+                if first == 0:
+                    hidden = _first_state(step.carry, state, x)
+                _, hidden = step.forward.predict(x, hidden)
+        return self._run(step, cut, start, lambda x: detach_hidden(hidden))
+
+    def _sampled_norms(self, states: list[list[torch.Tensor]], losses: list[tuple[int, Any]]) -> torch.Tensor:
+        """Return the norms of the gradients, a row for each loss."""
         if not losses:
             raise ValueError(
-                f"none of the last {self.samples} of {self.window} steps has a loss (a target of None, or a "
-                "loss_weight of 0): give a window that ends where steps have targets."
+                f"none of the last {self.samples} of the first {self.window} steps of the batch has a loss (a target "
+                f"of None, or a loss_weight of 0), and none of its last {self.samples} steps either: give a window "
+                "that ends where steps have targets. A sequence with one target has it at its last step "
+                "(split_batch=functools.partial(split_sequence, final=[1]))."
             )
-        return states, losses
+        return torch.stack([self._norms(loss, states[:place]) for place, loss in losses])
 
     def _norms(self, loss: Any, earlier: list[list[torch.Tensor]]) -> torch.Tensor:
         """Return the norms of the gradients for the states before `loss`, the latest first."""
@@ -182,7 +240,7 @@ class GradientHorizon:
         return torch.tensor(squares, dtype=torch.float64).sqrt()
 
     def plot(self) -> Any:
-        """Draw the decay with its fit, the relative bias of every K, and the recommendation.
+        """Draw the decay with its fit, the relative bias of every K, and what is recommended.
 
         Returns:
             A matplotlib Figure.
@@ -197,99 +255,48 @@ class GradientHorizon:
             raise ModuleNotFoundError(
                 "GradientHorizon draws with matplotlib, which is not installed: pip install 'ignite-tbptt[plot]'."
             ) from error
-        decay, recommended = self.decay, self.recommended
         figure = Figure(figsize=(10, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
+        self._draw_decay(left)
+        self._draw_bias(right)
+        return figure
+
+    def _draw_decay(self, axes: Any) -> None:
+        decay = self.decay
         lags = range(1, len(decay.phi) + 1)
-        left.plot(lags, decay.phi, label="measured")
+        axes.plot(lags, decay.phi, label="measured")
         if decay.deviation is not None:
             band = [
                 (norm - 2 * error, norm + 2 * error) for norm, error in zip(decay.phi, decay.deviation, strict=True)
             ]
             floor = min((norm for norm in decay.phi if norm > 0), default=1.0) / 10  # the axis is logarithmic
-            left.fill_between(lags, [max(low, floor) for low, _ in band], [high for _, high in band], alpha=0.3)
+            lower, upper = [max(low, floor) for low, _ in band], [high for _, high in band]
+            axes.fill_between(lags, lower, upper, alpha=0.3, label="2 standard errors")
         tail = range(max(1, decay.tail_start), len(decay.phi) + 1)
-        left.plot(tail, [decay.fitted(lag) for lag in tail], "--", label=f"fit: {decay.rate:.4g} a step")
-        left.set(xlabel="k, steps back", ylabel="||dL(s) / dh(s-k)||", yscale="log", title="decay of the gradient")
-        steps = range(1, max(len(decay.phi), min(recommended or 0, 10 * len(decay.phi))) + 1)
-        right.plot(steps, [decay.relative_bias(count) for count in steps])
-        right.axhline(self.tolerance, color="black", linestyle=":", label=f"tolerance {self.tolerance:g}")
-        if recommended is not None:
-            right.axvline(recommended, color="tab:red", label=f"tbtt_step {recommended}")
-        right.set(xlabel="K, steps of truncation", ylabel="delta(K)", yscale="log", title="relative bias, at most")
-        left.legend()
-        right.legend()
-        return figure
+        axes.plot(tail, [decay.fitted(lag) for lag in tail], "--", label=f"fit: {decay.rate:.4g} a step")
+        axes.set(xlabel="k, steps back", ylabel=r"$\|dL_s / dh_{s-k}\|$", yscale="log", title="decay of the gradient")
+        axes.legend()
 
-
-class AdaptiveTruncation:
-    """Sets the trainer's `tbtt_step` to what the measured decay asks for, whenever the horizon has been measured.
-
-    Example:
-        ::
-
-            horizon = GradientHorizon(window=100)
-            horizon.attach(trainer, Events.ITERATION_STARTED(every=100))
-            AdaptiveTruncation(horizon, tolerance=0.5, minimum=5, maximum=80).attach(trainer)
-
-    Args:
-        horizon: attached to the same trainer before.
-        tolerance: relative bias that is allowed for.
-        minimum: least `tbtt_step`.
-        maximum: largest `tbtt_step`, also where gradients do not decay.
-        optimizer: where given, its learning rates are multiplied by the root of the ratio of the new `tbtt_step` to the
-            old: longer chunks take fewer steps, on gradients of less noise.
-
-    Raises:
-        TypeError: `minimum` or `maximum` is not an integer.
-        ValueError: `tolerance` is not positive, `minimum` is below 1 or above `maximum`.
-
-    Source: Aicher, Foti and Fox, 2019, arXiv:1905.07473, algorithm 2.
-    """
-
-    def __init__(
-        self, horizon: GradientHorizon, tolerance: float, minimum: int, maximum: int, optimizer: Any = None
-    ) -> None:
-        require_tolerance(tolerance)
-        require_steps("minimum", minimum)
-        require_steps("maximum", maximum)
-        if minimum > maximum:
-            raise ValueError(f"minimum must not be above maximum, got minimum={minimum} and maximum={maximum}.")
-        self.horizon, self.tolerance, self.minimum, self.maximum = horizon, tolerance, minimum, maximum
-        self.optimizer = optimizer
-
-    def attach(self, engine: Engine) -> None:
-        """Follow the horizon.
-
-        Raises:
-            ValueError: the trainer's `tbtt_step` is a policy, or the horizon is not attached to `engine`.
-        """
-        _require_number(engine)
-        if self.horizon.engine is not engine:
-            raise ValueError(
-                "the horizon is not attached to this engine, so it would never be measured: call "
-                "horizon.attach(trainer, Events.ITERATION_STARTED(every=100)) first."
-            )
-        self.horizon.on_measured(self._update)
-
-    def _update(self, engine: Engine) -> None:
-        state: Any = engine.state
-        _require_number(engine)
-        wanted = self.horizon.decay.recommended(self.tolerance)
-        steps = self.maximum if wanted is None else min(max(wanted, self.minimum), self.maximum)
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] *= math.sqrt(steps / state.tbtt_step)
-        state.tbtt_step = steps
-
-
-def _require_number(engine: Engine) -> None:
-    tbtt_step: Any = getattr(engine.state, "tbtt_step", None)
-    if isinstance(tbtt_step, TruncationPolicy):
-        raise ValueError(
-            f"the trainer's tbtt_step is a policy, {tbtt_step!r}, and AdaptiveTruncation sets the length of chunks: "
-            "make the trainer with an int to start from, tbtt_step=50."
-        )
+    def _draw_bias(self, axes: Any) -> None:
+        decay, lags = self.decay, len(self.decay.phi)
+        found = [
+            (self.recommended, decay.relative_bias, "K steps back from each loss", "tab:blue"),
+            (self.recommended_chunk, decay.chunk_bias, "chunks of K steps", "tab:orange"),
+        ]
+        last = max([lags, *(min(number, 10 * lags) for number, *_ in found if number is not None)])
+        largest = 1.0
+        for number, bias, name, color in found:
+            biases = [bias(steps) for steps in range(1, last + 1)]
+            axes.plot(range(1, last + 1), biases, color=color, label=f"{name}: {number or 'no bound'}")
+            if number is not None:
+                axes.axvline(number, color=color, linestyle=":")
+                largest = max(largest, biases[0])
+        axes.axhline(self.tolerance, color="black", linestyle=":", label=f"tolerance {self.tolerance:g}")
+        axes.set(xlabel="K", ylabel="relative bias, at most", yscale="log", title="bias of the truncation")
+        axes.set_xlim(0, last + 1)
+        # Far below the tolerance there is nothing to decide; above the curves is room for the legend.
+        axes.set_ylim(self.tolerance / 100, 30 * max(largest, self.tolerance))
+        axes.legend(loc="upper right")
 
 
 def _training_step(engine: Engine) -> Any:

@@ -5,14 +5,20 @@ Ranks that average their gradients meet at every backward; one that runs fewer o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
 
+Result = TypeVar("Result")
+
 REFUSED = -1
 """The number that a rank gives which has none, because its batch was refused or its data have no length."""
+
+
+_MOST_CHARACTERS = 1000
+"""Ignite gathers strings of up to 1024."""
 
 
 def count() -> int:
@@ -60,6 +66,29 @@ def require_same(what: str, number: int) -> None:
             "refused or has no length there). Ranks that average their gradients must run the same: give them batches "
             "of one length and the same tbtt_step (ContiguousStreams gives each rank an equal share)."
         )
+
+
+def all_or_none(what: str, work: Callable[[], Result]) -> Result:
+    """Return what `work` returns, if it returns on every rank.
+
+    Where it raises on one, the others would go on and wait for it in vain.
+
+    Raises:
+        RuntimeError: `work` raised on another rank; the message says which, and what. On a rank where it raised
+            itself, that exception goes on.
+    """
+    if count() == 1:
+        return work()
+    try:
+        result = work()
+    except Exception as error:
+        idist.all_gather(f"{type(error).__name__}: {error}"[:_MOST_CHARACTERS])
+        raise
+    errors: Any = idist.all_gather("")
+    failed = [f"on rank {rank} by {error}" for rank, error in enumerate(errors) if error]
+    if failed:
+        raise RuntimeError(f"{what} was ended {'; '.join(failed)}. The other ranks stop with it, so as not to hang.")
+    return result
 
 
 def _by_rank(numbers: Sequence[float]) -> str:

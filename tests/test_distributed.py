@@ -107,6 +107,30 @@ def test_ranks_that_disagree_raise_everywhere(case: str, message: str, tmp_path:
     assert message in raised[0] or (case == "refused" and "empty sequence" in raised[0])
 
 
+def test_ranks_with_batches_of_different_lengths_measure_together(tmp_path: Path) -> None:
+    """A batch of 10 steps may be measured at its end, one of 9 with a window of 9 has no other place."""
+    result = launch("horizon_lengths", tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"horizon_lengths_{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["phi"], second["phi"])
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("horizon_short", "the window of 10 steps is longer than the batch, which has 8"),
+        ("horizon_no_loss", "none of the last 4 of the first 10 steps of the batch has a loss"),
+    ],
+)
+def test_a_measurement_that_fails_on_one_rank_fails_on_all(case: str, reason: str, tmp_path: Path) -> None:
+    """A rank that went on would wait for the other's share of the mean until gloo's half hour is over."""
+    result = launch(case, tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = ((tmp_path / f"{case}_{rank}.txt").read_text() for rank in range(2))
+    assert second.startswith(reason)
+    assert f"the measurement of the gradient horizon was ended on rank 1 by ValueError: {reason}" in first
+
+
 def test_a_nan_on_one_rank_is_stepped_on_by_none(tmp_path: Path) -> None:
     result = launch("nan", tmp_path)
     assert result.returncode == 0, result.stderr

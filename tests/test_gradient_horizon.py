@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ignite_tbptt import (
     GradientHorizon,
     Tbptt_Events,
     create_supervised_tbptt_trainer,
+    split_sequence,
 )
 from tests.helpers import Forecaster, batches, same, seeded, sgd, weights
 
@@ -63,12 +65,32 @@ def test_a_horizon_beyond_the_lags_is_extrapolated() -> None:
     assert decay.relative_bias(recommended) < 0.01 <= decay.relative_bias(recommended - 1)
 
 
+@given(rate=st.floats(0.05, 0.98), tolerance=st.floats(0.01, 2.0))
+def test_the_recommended_chunk_is_the_first_whose_losses_are_within_the_tolerance_on_average(
+    rate: float, tolerance: float
+) -> None:
+    """The mean of rate^j for j = 0, ..., steps - 1 is (1 - rate^steps) / (1 - rate) / steps."""
+    lags = math.ceil(math.log(1e-6) / math.log(rate)) + 2
+    decay = GradientDecay([rate**k for k in range(1, lags + 1)])
+
+    def truth(steps: int) -> float:
+        return (1 - rate**steps) / (1 - rate) / steps
+
+    steps = decay.recommended_chunk(tolerance)
+    assert steps is not None
+    for length in (1, 2, steps, lags + 1, lags + 2, 10 * lags):
+        assert decay.chunk_bias(length) == pytest.approx(truth(length), rel=4e-6)
+    assert truth(steps) < tolerance * (1 + 4e-6)
+    assert steps == 1 or truth(steps - 1) > tolerance * (1 - 4e-6)
+
+
 @pytest.mark.parametrize("phi", [[1.0] * 20, [1.1**k for k in range(20)], [1.0, math.inf, math.inf, math.inf]])
 def test_gradients_that_do_not_decay_have_no_horizon(phi: list[float]) -> None:
     decay = GradientDecay(phi)
     assert decay.rate >= 1 - 1e-12
     assert decay.recommended(0.5) is None
-    assert decay.relative_bias(10) == math.inf
+    assert decay.recommended_chunk(0.5) is None
+    assert decay.relative_bias(10) == decay.chunk_bias(10) == math.inf
 
 
 def test_gradients_that_vanish_altogether_need_no_more_than_what_is_there() -> None:
@@ -76,6 +98,9 @@ def test_gradients_that_vanish_altogether_need_no_more_than_what_is_there() -> N
     assert decay.rate == 0
     assert decay.relative_bias(2) == 0
     assert decay.recommended(0.1) == 2
+    # E(0), E(1), E(2) are 1.5, 0.5, 0 of a whole of 1.5, and then 0.
+    assert [decay.chunk_bias(steps) for steps in (1, 2, 3, 10)] == pytest.approx([1, 2 / 3, 4 / 9, 4 / 30])
+    assert decay.recommended_chunk(0.1) == 14
 
 
 # The measurement
@@ -196,6 +221,75 @@ def test_a_stateful_trainer_is_measured_from_the_state_that_it_carries() -> None
     trainer.run(batches(2))
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("steps", [12, 30])
+def test_one_target_for_the_sequence_is_measured_at_its_end(steps: int, stateful: bool) -> None:
+    """Many-to-one. The truth: the state at time T - 1 - k as a leaf, the GRU called once from there on."""
+    model = seeded(Forecaster).double()
+    x, y = batches(1, steps=steps)[0]
+    x, y = x.double(), y[-1].double()
+    trainer: Any = create_supervised_tbptt_trainer(
+        model,
+        sgd(model, 0.0),
+        lambda y_pred, y: F.mse_loss(y_pred[-1], y),
+        5,
+        split_batch=partial(split_sequence, final=[1]),
+        stateful=stateful,
+    )
+    horizon = GradientHorizon(12, samples=2)
+    horizon.attach(trainer)
+    trainer.run([(x, y)])
+    assert horizon.decay.deviation is None  # of one loss
+    for lag in (1, 5, 10):
+        leaf = model(x[: steps - lag])[1].detach().requires_grad_()
+        loss = F.mse_loss(model(x[steps - lag :], leaf)[0][-1], y)
+        expected = torch.autograd.grad(loss, leaf)[0].norm().item()
+        assert horizon.decay.phi[lag - 1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_target_for_the_sequence_is_measured_from_the_carried_state() -> None:
+    model = seeded(Forecaster).double()
+    (x, y), _ = ([part.double() for part in batch] for batch in batches(2, steps=30))
+    trainer: Any = create_supervised_tbptt_trainer(
+        model,
+        sgd(model, 0.0),
+        lambda y_pred, y: F.mse_loss(y_pred[-1], y),
+        5,
+        split_batch=partial(split_sequence, final=[1]),
+        stateful=True,
+    )
+    horizon = GradientHorizon(12, samples=2)
+    horizon.attach(trainer, Events.ITERATION_STARTED(once=2))
+    trainer.run([(x, y[-1]), (x, y[-1])])
+    leaf = model(torch.cat([x, x])[:-3])[1].detach().requires_grad_()
+    expected = torch.autograd.grad(F.mse_loss(model(x[-3:], leaf)[0][-1], y[-1]), leaf)[0].norm().item()
+    assert horizon.decay.phi[2] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+def test_the_chunk_bias_is_that_of_the_gradient_that_the_trainer_takes(rate: float) -> None:
+    """Of h <- rate h + w x with a loss of h, x = 1, the gradient for w is the sum of rate^k, k = 0, 1, ...
+
+    The bound knows the states before the loss, k = 1, 2, ..., so its whole is that without k = 0, rate times as large.
+    """
+    steps, model = 6, Linear(rate).double()
+    x = torch.ones(300, 1, 1, dtype=torch.float64)
+    trainer: Any = create_supervised_tbptt_trainer(model, sgd(model, 0.0), lambda y_pred, y: y_pred.mean(), steps)
+    horizon = GradientHorizon(290, samples=2, tolerance=0.2)
+    horizon.attach(trainer)
+    last: list[float] = []
+    trainer.add_event_handler(
+        Tbptt_Events.BACKWARD_COMPLETED,
+        lambda: last.append(model.w.grad.item()),  # type: ignore[union-attr]
+    )
+    trainer.run([(x, x)])
+    whole = 1 / (1 - rate)
+    assert (whole - last[-1]) / whole == pytest.approx(rate * horizon.decay.chunk_bias(steps), rel=1e-9)
+    recommended = horizon.recommended_chunk
+    assert recommended is not None
+    assert horizon.decay.chunk_bias(recommended) < 0.2 <= horizon.decay.chunk_bias(recommended - 1)
+
+
 def test_loggers_find_the_scalars_on_the_state(tmp_path: Path) -> None:
     model = Linear(0.5)
     trainer = create_supervised_tbptt_trainer(model, sgd(model, 0.0), lambda y_pred, y: y_pred.mean(), 4)
@@ -218,17 +312,29 @@ def test_the_plot_draws_decay_fit_bias_and_recommendation() -> None:
     measured_line, fit = left.get_lines()
     assert list(measured_line.get_ydata()) == list(horizon.decay.phi)
     assert fit.get_ydata() == pytest.approx([0.9**k / math.sqrt(12) for k in fit.get_xdata()], rel=1e-4)
-    bias, tolerance, recommendation = right.get_lines()
+    bias, recommended, chunk_bias, chunk, tolerance = right.get_lines()
     assert bias.get_ydata()[4] == horizon.decay.relative_bias(5)
+    assert chunk_bias.get_ydata()[4] == horizon.decay.chunk_bias(5)
     assert set(tolerance.get_ydata()) == {0.5}
-    assert set(recommendation.get_xdata()) == {horizon.recommended} == {7}
+    assert set(recommended.get_xdata()) == {horizon.recommended} == {7}
+    assert set(chunk.get_xdata()) == {horizon.recommended_chunk} == {17}
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert labels == ["K steps back from each loss: 7", "chunks of K steps: 17", "tolerance 0.5"]
+
+
+def test_the_plot_of_gradients_that_do_not_decay_recommends_nothing() -> None:
+    pytest.importorskip("matplotlib")
+    _, right = measured(Linear(1.0), loss_fn=lambda y_pred, y: y_pred.mean()).plot().axes
+    assert [len(line.get_xdata()) for line in right.get_lines()] == [36, 36, 2]  # two curves and the tolerance
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert labels == ["K steps back from each loss: no bound", "chunks of K steps: no bound", "tolerance 0.5"]
 
 
 # Adapting
 
 
 def test_adaptive_truncation_sets_the_step_within_its_limits_and_scales_the_rate() -> None:
-    def run(minimum: int, maximum: int, rate: float = 0.9) -> tuple[int, list[int], Any]:
+    def run(minimum: int, maximum: int, rate: float = 0.9, steps: int = 84) -> tuple[int, list[int], Any]:
         model = Linear(rate)
         optimizer = sgd(model, 0.01)
         trainer = create_supervised_tbptt_trainer(model, optimizer, lambda y_pred, y: y_pred.mean(), 28)
@@ -239,13 +345,18 @@ def test_adaptive_truncation_sets_the_step_within_its_limits_and_scales_the_rate
         trainer.add_event_handler(
             Events.ITERATION_COMPLETED, lambda e: windows.append(e.state.time_iterations_per_sequence)
         )
-        trainer.run(batches(2, steps=84))
+        trainer.run(batches(2, steps=steps))
         return trainer.state.tbtt_step, windows, optimizer.param_groups[0]["lr"]
 
-    assert run(1, 50) == (7, [3, 12], pytest.approx(0.01 * math.sqrt(7 / 28)))
-    assert run(14, 50)[:2] == (14, [3, 6])
+    # The least length with (1 - 0.9^K) / (1 - 0.9) / K < 0.5 is 17; of 84 steps it leaves 16.
+    assert run(1, 50) == (17, [3, 5], pytest.approx(0.01 * math.sqrt(17 / 28)))
+    assert run(21, 50)[:2] == (21, [3, 4])
     assert run(1, 4)[:2] == (4, [3, 21])
     assert run(1, 42, rate=1.0)[:2] == (42, [3, 2])  # no decay: the longest that is allowed
+    # Of 88 steps 17 leaves 3, 16 and 18 leave 8 and 16: an optimizer step on 3 would be one on next to nothing.
+    assert run(1, 50, steps=88)[:2] == (18, [4, 5])
+    assert run(1, 17, steps=88)[:2] == (16, [4, 6])
+    assert run(17, 17, steps=88)[:2] == (17, [4, 6])  # nothing else is allowed
 
 
 # Bad input
@@ -301,7 +412,11 @@ class Forgetful(Forecaster):
         (Detached, {}, "carries no hidden state that a gradient goes through.* returned Tensor"),
         (Forgetful, {}, "the loss does not depend on the hidden state"),
         (Forecaster, {"window": 60}, "window of 60 steps is longer than the batch, which has 50"),
-        (Forecaster, {"loss_weight": lambda x, y: int(len(y) > 1)}, "none of the last 4 of 40 steps has a loss"),
+        (
+            Forecaster,
+            {"loss_weight": lambda x, y: int(len(y) > 1)},
+            "none of the last 4 of the first 40 steps of the batch has a loss",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said(make: Any, arguments: dict[str, Any], message: str) -> None:

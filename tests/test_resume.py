@@ -17,7 +17,14 @@ from ignite.engine import Events
 from torch import nn
 from torch.nn import functional as F
 
-from ignite_tbptt import ContiguousStreams, FixedTruncation, Tbptt_Events, create_supervised_tbptt_trainer
+from ignite_tbptt import (
+    AdaptiveTruncation,
+    ContiguousStreams,
+    FixedTruncation,
+    GradientHorizon,
+    Tbptt_Events,
+    create_supervised_tbptt_trainer,
+)
 from tests.helpers import CustomCell, Forecaster, PairState, RecordState, batches, same, seeded, weights
 
 
@@ -102,6 +109,31 @@ def test_a_killed_process_ends_with_the_same_bits(tmp_path: Path, options: list[
     whole, killed = (torch.load(tmp_path / folder / "final.pt", weights_only=True) for folder in ("whole", "killed"))
     assert whole["counted"] == killed["counted"] == 48  # 3 epochs of 5 batches of 3 chunks and one of 1
     assert all(torch.equal(whole["weights"][name], killed["weights"][name]) for name in whole["weights"])
+
+
+class AdaptiveRun(Run):
+    """Chunks and learning rates are set anew at some batches; between two of those the last ones hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        horizon = GradientHorizon(7, samples=2)
+        # The last of the five batches of an epoch is short.
+        horizon.attach(self.trainer, Events.ITERATION_STARTED(event_filter=lambda _, count: count % 5 in (1, 3)))
+        AdaptiveTruncation(horizon, 0.4, 1, 7, self.optimizer).attach(self.trainer)
+        self.chosen: list[tuple[int, float]] = []
+        self.trainer.add_event_handler(
+            Events.ITERATION_STARTED,
+            lambda: self.chosen.append((self.trainer.state.tbtt_step, self.optimizer.param_groups[0]["lr"])),
+        )
+
+
+@pytest.mark.parametrize("iteration", [1, 4, 5, 6, 12, 14])
+def test_a_resumed_run_goes_on_with_the_chunks_that_were_chosen(iteration: int) -> None:
+    whole, resumed = AdaptiveRun(), AdaptiveRun()
+    resumed.resume(whole.checkpoint_at(iteration))
+    assert whole.chosen[iteration:] == resumed.chosen
+    assert len({steps for steps, _ in whole.chosen}) > 1
+    assert same(weights(whole.model), weights(resumed.model))
 
 
 def test_the_scheduled_tbtt_step_is_restored() -> None:

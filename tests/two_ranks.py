@@ -63,24 +63,32 @@ def main(rank: int, case: str, folder: str) -> None:
         data = [tuple(part[:0] for part in batch) for batch in data]
     if case == "batches" and rank == 1:
         data = data[:2]
+    if case == "horizon_short" and rank == 1:
+        data = [tuple(part[:8] for part in batch) for batch in data]
+    if case == "horizon_lengths":
+        arguments["tbtt_step"] = 5
+        data = [tuple(part[: 10 - rank] for part in batch) for batch in data]
+    if case == "horizon_no_loss" and rank == 1:
+        arguments["loss_weight"] = lambda x, y: 0
     if case == "nan" and rank == 0:
         data[1][1][5] = float("nan")
     if case in ("recomputed", "recomputed_unused"):
         arguments |= {"tbtt_step": FullBackpropagation(4), "checkpoint_segments": True}
     trainer = create_supervised_tbptt_trainer(parallel, sgd(model), **arguments)
     trainer.add_event_handler(Tbptt_Events.BACKWARD_COMPLETED, TerminateOnNan())
-    if case == "horizon":
-        horizon = GradientHorizon(10, samples=4, tolerance=0.01)
+    if case.startswith("horizon"):
+        horizon = GradientHorizon(9 if case == "horizon_lengths" else 10, samples=4, tolerance=0.01)
         horizon.attach(trainer)
-        AdaptiveTruncation(horizon, 0.01, 1, 10).attach(trainer)
+        if case != "horizon_lengths":
+            AdaptiveTruncation(horizon, 0.01, 1, 10).attach(trainer)
     try:
         trainer.run(data, max_epochs=2)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         (Path(folder) / f"{case}_{rank}.txt").write_text(str(error))
     else:
         assert trainer.state.time_iteration == trainer.state.optimizer_step or case in ("nan", "padding")
         saved: dict[str, Any] = model.state_dict()
-        if case == "horizon":
+        if case.startswith("horizon"):
             saved = {
                 **saved,
                 "phi": torch.tensor(horizon.decay.phi),

@@ -1,0 +1,104 @@
+"""Chunks as long as the gradients ask for, set while the model trains.
+
+`GradientHorizon` measures how gradients decay, `GradientDecay` tells the bias of every length, and `AdaptiveTruncation`
+sets the trainer's `tbtt_step`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ignite.engine import Engine
+
+from ignite_tbptt.gradient_decay import require_tolerance
+from ignite_tbptt.gradient_horizon import GradientHorizon
+from ignite_tbptt.truncation import TruncationPolicy, require_steps
+
+
+class AdaptiveTruncation:
+    """Sets the trainer's `tbtt_step` to what the measured decay asks for, whenever the horizon has been measured.
+
+    Example:
+        ::
+
+            trainer = create_supervised_tbptt_trainer(model, optimizer, loss_fn, tbtt_step=20)
+            horizon = GradientHorizon(window=100)
+            horizon.attach(trainer, Events.ITERATION_STARTED(every=100))
+            AdaptiveTruncation(horizon, tolerance=0.5, minimum=5, maximum=80, optimizer=optimizer).attach(trainer)
+
+    It sets the least length of chunks whose relative bias is below `tolerance` (`GradientDecay.chunk_bias`), or the
+    nearest one with which a batch does not end in a chunk of less than half that length: such a stub would take an
+    optimizer step like any other, on a gradient that is noisier and cut off earlier. Every step is taken to have a
+    loss: in a many-to-one task chunks of ``horizon.recommended`` steps are long enough.
+
+    Until the first measurement the `tbtt_step` that the trainer was made with holds. In a fresh model gradients decay
+    fast whatever the task, and a model trained in short chunks alone may never show that it needs longer ones: measure
+    after some training, and let `minimum` be a length that is worth trying.
+
+    Args:
+        horizon: attached to the same trainer before.
+        tolerance: relative bias that is allowed for.
+        minimum: least `tbtt_step`.
+        maximum: largest `tbtt_step`, also where gradients do not decay.
+        optimizer: where given, its learning rates are multiplied by the root of the ratio of the new `tbtt_step` to the
+            old: longer chunks take fewer steps, on gradients of less noise. The paper does so.
+
+    Raises:
+        TypeError: `minimum` or `maximum` is not an integer.
+        ValueError: `tolerance` is not positive, `minimum` is below 1 or above `maximum`.
+
+    Source: Aicher, Foti and Fox, 2019, arXiv:1905.07473, algorithm 2. There every loss is followed back over K steps at
+    least, in windows that overlap and cost twice as much; here it is the mean over a chunk that keeps the tolerance.
+    """
+
+    def __init__(
+        self, horizon: GradientHorizon, tolerance: float, minimum: int, maximum: int, optimizer: Any = None
+    ) -> None:
+        require_tolerance(tolerance)
+        require_steps("minimum", minimum)
+        require_steps("maximum", maximum)
+        if minimum > maximum:
+            raise ValueError(f"minimum must not be above maximum, got minimum={minimum} and maximum={maximum}.")
+        self.horizon, self.tolerance, self.minimum, self.maximum = horizon, tolerance, minimum, maximum
+        self.optimizer = optimizer
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the horizon.
+
+        Raises:
+            ValueError: the trainer's `tbtt_step` is a policy, or the horizon is not attached to `engine`.
+        """
+        _require_number(engine)
+        if self.horizon.engine is not engine:
+            raise ValueError(
+                "the horizon is not attached to this engine, so it would never be measured: call "
+                "horizon.attach(trainer, Events.ITERATION_STARTED(every=100)) first."
+            )
+        self.horizon.on_measured(self._update)
+
+    def _update(self, engine: Engine) -> None:
+        state: Any = engine.state
+        _require_number(engine)
+        wanted = self.horizon.decay.recommended_chunk(self.tolerance)
+        steps = self.maximum if wanted is None else min(max(wanted, self.minimum), self.maximum)
+        steps = self._without_a_stub(steps, self.horizon.batch_steps)
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= math.sqrt(steps / state.tbtt_step)
+        state.tbtt_step = steps
+
+    def _without_a_stub(self, wanted: int, batch_steps: int) -> int:
+        """Return the length next to `wanted`, the longer of two, of which the rest of a batch is 0 or at least half."""
+        lengths = range(self.minimum, self.maximum + 1)
+        even = [steps for steps in lengths if not 0 < batch_steps % steps < steps / 2]
+        return min(even, key=lambda steps: (abs(steps - wanted), -steps), default=wanted)
+
+
+def _require_number(engine: Engine) -> None:
+    tbtt_step: Any = getattr(engine.state, "tbtt_step", None)
+    if isinstance(tbtt_step, TruncationPolicy):
+        raise ValueError(
+            f"the trainer's tbtt_step is a policy, {tbtt_step!r}, and AdaptiveTruncation sets the length of chunks: "
+            "make the trainer with an int to start from, tbtt_step=50."
+        )
