@@ -151,7 +151,10 @@ class _Node(torch.autograd.Function):
         with call.again(), torch.enable_grad():
             run = call.run([value.detach().requires_grad_() for value in values])
         if run.recorded != ctx.recorded or len(run.differentiable) != len(gradients):
-            _require_same(run.graph(), graph)  # compilers, say, record more when they are called first
+            # compilers, say, record more when they are called first
+            with torch.enable_grad():  # without it torch 2.4 finds no edge to an input
+                second = run.graph()
+            _require_same(second, graph)
         needed = ctx.needs_input_grad[4:]
         found = iter(
             torch.autograd.grad(
