@@ -65,7 +65,9 @@ class Differences:
         Raises:
             BlackboxError: the blackbox raised, changed its kind of output, is not finite, or couples rows.
         """
-        points = [_dense(self.cast(tensor)) for tensor in tensors]
+        # Copies: a simulator may keep its state in the memory that the caller's tensors look at, and write there when
+        # it is evaluated. A clone is dense, too, whatever the tensor was a slice of.
+        points = [self.cast(tensor).clone() for tensor in tensors]
         self.call.replay = self.streams if self.draws else None
         before, moved = RandomStreams.now(), True
         try:
@@ -217,11 +219,6 @@ def autocast_off(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager
     for device in on:
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor in memory without gaps, as a copy of it is; only looked at, so maybe the same one."""
-    return tensor if tensor.is_contiguous() else tensor.clone()
 
 
 def _like(tensor: Tensor, gradient: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def _as_tensor(leaf: Any, label: str) -> Tensor | None:
     if isinstance(leaf, (np.ndarray, np.generic)):
         try:
             return copied(leaf)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # an unknown type, or another byte order
             raise TypeError(
                 f"{label} returned a numpy array of dtype {leaf.dtype}, which torch cannot hold; "
                 "return it as float64, say array.astype(float)"

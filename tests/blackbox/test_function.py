@@ -453,3 +453,27 @@ def test_an_array_that_is_filled_anew_at_every_call() -> None:
 
     x = doubles(3)
     assert relative_error(grad(blackbox(f, numpy=True)(x), x), (x.detach().cos(),)) <= NEAR
+
+
+@pytest.mark.parametrize("name", COORDINATE_ESTIMATORS)
+@pytest.mark.parametrize("size", [3, 600], ids=["points made together", "points made a few at a time"])
+def test_a_simulator_may_keep_its_state_where_the_inputs_lie(name: str, size: int) -> None:
+    estimator = COORDINATE_ESTIMATORS[name]
+    state = np.linspace(0.1, 1.0, size)
+    x = torch.from_numpy(state).requires_grad_()
+    at = x.detach().clone()
+
+    def simulator(position: Tensor) -> Any:
+        state[:] = position.numpy()
+        return np.sin(state)
+
+    (gradient,) = grad(blackbox(simulator, estimator=estimator)(x), x)
+    apart = at.clone().requires_grad_()
+    (want,) = grad(blackbox(lambda position: np.sin(position.numpy()), estimator=estimator)(apart), apart)
+    assert torch.equal(gradient, want)
+
+
+def test_an_array_in_another_byte_order_is_refused() -> None:
+    x = doubles(3)
+    with pytest.raises(TypeError, match=r"array of dtype >f8, which torch cannot hold; return it as float64"):
+        blackbox(lambda x: x.numpy().astype(">f8"))(x)
