@@ -259,7 +259,7 @@ class _Random(ABC):
         """See `Directions.moves`."""
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + draw) % 2**63)
         directions = self._directions(block.x.shape[0], block.x.shape[1], generator)
-        h = step_size.along(block.apart(block.x), stencil, eps, float(directions.abs().max()))
+        h = step_size.along(block.apart(block.x), stencil, eps, float(directions.abs().max()), block.positions)
         # unlike those of coordinates, moves are as large as the points themselves
         points = min(points, _POINTS_BYTES // block.x.nbytes)
         for some in directions.split(max(1, points // len(stencil.evaluated))):

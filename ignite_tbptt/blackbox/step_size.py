@@ -50,8 +50,13 @@ class StepSize(Protocol):
         """
         ...
 
-    def along(self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float) -> float:
-        """One step for directions that move all elements of all tensors, none by more than `scale` steps."""
+    def along(
+        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
+    ) -> float:
+        """One step for directions that move all elements of all tensors, none by more than `scale` steps.
+
+        `positions` says which of the tensors that require grad each is.
+        """
         ...
 
     def inside(self, x: Tensor, position: int) -> Tensor:
@@ -90,7 +95,9 @@ class RelativeStep:
         factor = self._factor(stencil, eps) * _HALF_UP
         return Steps(_power_of_two_below(x.abs().clamp_(min=1.0).mul_(factor)))
 
-    def along(self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float) -> float:
+    def along(
+        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
+    ) -> float:
         """See `StepSize.along`: the step that the largest element asks for, so that none is lost in rounding."""
         largest = max((float(x.abs().max()) for x in xs if x.numel()), default=1.0)
         return 2.0 ** math.floor(math.log2(self._factor(stencil, eps) * max(1.0, largest) * _HALF_UP))
@@ -123,7 +130,9 @@ class AbsoluteStep:
         """See `StepSize.each`."""
         return Steps(torch.full_like(x, self.h, memory_format=torch.contiguous_format))
 
-    def along(self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float) -> float:
+    def along(
+        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
+    ) -> float:
         """See `StepSize.along`."""
         return self.h
 
@@ -174,11 +183,16 @@ class BoundedStep:
         size, turned = _towards_room(wanted, above, below, stencil.one_sided().reach)
         return Steps(torch.where(one_sided, torch.where(turned, -size, size), shrunk), one_sided)
 
-    def along(self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float) -> float:
+    def along(
+        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
+    ) -> float:
         """See `StepSize.along`."""
-        wanted = self.step_size.along(xs, stencil, eps, scale)
+        wanted = self.step_size.along(xs, stencil, eps, scale, positions)
         room = min(
-            (float(side.min()) for k, x in enumerate(xs) if x.numel() for side in self._room(x, k)), default=math.inf
+            float(side.min())
+            for x, position in zip(xs, positions, strict=True)
+            if x.numel()
+            for side in self._room(x, position)
         )
         fitting = room / (scale * stencil.reach)
         if fitting >= wanted:

@@ -152,3 +152,20 @@ def test_bounds_of_another_shape_are_refused() -> None:
         step.each(torch.ones(2), central(), 1e-7)
     with pytest.raises(ValueError, match="lower has 1 entries, but there are more tensors"):
         BoundedStep(RelativeStep(), (0.0,)).each(torch.ones(2), central(), 1e-7, position=1)
+
+
+def test_random_directions_keep_each_tensor_in_its_own_bounds() -> None:
+    # with rows of its own, x is moved apart from the rate that all rows share
+    rates: list[float] = []
+
+    def f(x: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+        rates.append(float(rate))
+        return x * rate
+
+    bounded = BoundedStep(AbsoluteStep(0.1), lower=(-10.0, 0.0), upper=(10.0, 100.0))
+    x = torch.ones(4, 1, dtype=torch.float64, requires_grad=True)
+    rate = torch.tensor([0.05], dtype=torch.float64, requires_grad=True)
+    function = blackbox(f, estimator=Estimator(central(), Rademacher(4), bounded), in_dims=(0, None))
+    function(x, rate).sum().backward()
+    assert min(rates) >= 0.0
+    assert len(set(rates)) > 1
