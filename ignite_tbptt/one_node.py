@@ -156,26 +156,24 @@ class _Node(torch.autograd.Function):
                 second = run.graph()
             _require_same(second, graph)
         needed = ctx.needs_input_grad[4:]
-        found = iter(
-            torch.autograd.grad(
-                [
-                    result
-                    for result, gradient in zip(run.differentiable, gradients, strict=True)
-                    if gradient is not None
-                ],
-                [source for source, need in zip((*run.inputs, *graph.leaves), needed, strict=True) if need],
-                [gradient for gradient in gradients if gradient is not None],
-                allow_unused=True,
-            )
+        found = torch.autograd.grad(
+            [result for result, gradient in zip(run.differentiable, gradients, strict=True) if gradient is not None],
+            [source for source, need in zip((*run.inputs, *graph.leaves), needed, strict=True) if need],
+            [gradient for gradient in gradients if gradient is not None],
+            allow_unused=True,
         )
-        return None, None, None, None, *(next(found) if need else None for need in needed)
+        if any(gradient is None for gradient in found):
+            _require_same(run.graph(), graph)  # it may have gone through as many operations, of other parameters
+        left = iter(found)
+        return None, None, None, None, *(next(left) if need else None for need in needed)
 
 
 def _require_same(second: Graph, first: Graph) -> None:
     if not second.like(first):
         raise RuntimeError(
             f"a segment that is run again for its gradient has a graph of {second.nodes} nodes with "
-            f"{len(second.leaves)} parameters, and had one of {first.nodes} with {len(first.leaves)}: the model and "
+            f"{len(second.leaves)} parameters, and had one of {first.nodes} with {len(first.leaves)}"
+            f"{'' if set(second.leaves) == set(first.leaves) else ', not the same ones'}: the model and "
             "loss_fn must do the same both times, but for the random numbers of torch. Leave out checkpoint_segments "
             "where they cannot."
         )

@@ -46,8 +46,25 @@ class Recompute:
         self._fits_one_node = True
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function(*args)``, whose graph holds `args` and the results alone."""
+        """Return ``function(*args)``, whose graph holds `args` and the results alone.
+
+        Raises:
+            ValueError: the function has written into its arguments.
+        """
         seen = tuple(nest.tensors(args))
+        before = _versions(seen)
+        results = self._called(function, args, seen)
+        for tensor, was, now in zip(seen, before, _versions(seen), strict=True):
+            if was != now:
+                raise ValueError(
+                    "checkpoint_segments: the model or loss_fn has written into a tensor of shape "
+                    f"{tuple(tensor.shape)} that it was given, and would meet what it wrote there when the segment is "
+                    "run again for its gradient. Let it work on a copy (x = x * 2, not x *= 2), or leave "
+                    "out checkpoint_segments."
+                )
+        return results
+
+    def _called(self, function: Callable[..., Any], args: tuple[Any, ...], seen: tuple[torch.Tensor, ...]) -> Any:
         self._snapshot = _snapshot(self._modules, self._snapshot)
         buffers = partial(buffers_set_to, self._snapshot)
         devices = {tensor.device for tensor in seen} | {torch.device("cpu")}
@@ -75,6 +92,11 @@ class Recompute:
         if leaf not in self._parameters:
             self._parameters = {parameter for module in self._modules for parameter in module.parameters()}
         return leaf in self._parameters and type(leaf) is torch.nn.Parameter and not leaf._backward_hooks
+
+
+def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """How often each tensor has been written into, as far as torch counts it."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _as_now(

@@ -469,3 +469,24 @@ def test_the_horizon_is_measured_between_segments() -> None:
         return list(horizon.decay.phi)
 
     assert measured(True) == pytest.approx(measured(False), rel=1e-10)
+
+
+def test_a_segment_of_other_parameters_the_second_time_is_refused() -> None:
+    layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    turns = iter(range(2))
+
+    def of_the_next(x: Tensor) -> Tensor:  # as many operations both times
+        return torch.tanh(layers[next(turns)](x)).sum()
+
+    loss = Recompute(layers)(of_the_next, torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match=r"not the same ones: the model and loss_fn must do the same both times"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["one node", "checkpoint"])
+def test_a_segment_that_writes_into_its_input_is_refused(fits: bool) -> None:
+    layer = nn.Linear(3, 3)
+    recompute = Recompute(layer)
+    recompute._fits_one_node = fits
+    with pytest.raises(ValueError, match=r"written into a tensor of shape \(2, 3\) that it was given"):
+        recompute(lambda x: layer(x.mul_(2)).sum(), torch.ones(2, 3))
