@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,18 +47,10 @@ class RandomStreams:
     python: Any
 
     @classmethod
-    def now(cls, before: RandomStreams | None = None) -> RandomStreams:
-        """Hold the present state of every stream.
-
-        Args:
-            before: streams held earlier. What numpy's were is taken from there if they have not been drawn from since,
-                because to ask numpy takes 40 us. Only a state that was set by hand meanwhile, of the same words but
-                with a normal number kept for later, is not told from it.
-        """
+    def now(cls) -> RandomStreams:
+        """Hold the present state of every stream."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        known = before is not None and not _numpy_has_moved(before.numpy_legacy)
-        legacy = before.numpy_legacy if before is not None and known else _from_numpy()
-        return cls(torch.get_rng_state(), cuda, legacy, random.getstate())
+        return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
 
     def have_moved(self) -> bool:
         """Whether any stream was drawn from, or set, since.
@@ -83,6 +76,7 @@ class RandomStreams:
         torch.set_rng_state(self.torch_cpu)
         if self.torch_cuda:
             torch.cuda.set_rng_state_all(self.torch_cuda)
+        _known.clear()
         np.random.set_state(self.numpy_legacy)
         random.setstate(self.python)
 
@@ -94,22 +88,47 @@ class RandomStreams:
             yield
 
 
+# What numpy was last asked for, by the words of the twister at that time. To ask takes 40 us, to look at them 1.
+_known: dict[bytes, Any] = {}
+
+
+def _numpy_state() -> Any:
+    """What `numpy.random.get_state` returns."""
+    words = _twister()
+    state = _known.get(words) if words is not None else None
+    if state is None:
+        state = _from_numpy()
+        _known.clear()
+        # Of normal numbers, made in pairs, the second is kept outside of the twister. Where none is kept, the twister
+        # has to move before one is; where one is, it does not move when that one is drawn, and has to be asked again.
+        if words is not None and not state[3]:
+            _known[words] = state
+    return state
+
+
 def _numpy_has_moved(before: Any) -> bool:
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is np.random.MT19937 and before[0] == "MT19937" and not before[3]:
-        # The twister in memory is 624 words and the position; to ask for them takes 40 us. Of normal numbers, made in
-        # pairs, the second is kept outside of it: but as none was kept, the twister has to move before one is drawn.
-        words = _Twister.from_address(generator.ctypes.state_address)
-        return bool(words[624] != before[2] or words[0] != before[1][0])
+    words = _twister()
+    if words is not None and not before[3]:
+        return _known.get(words) is not before and not _is_twister(before, words)
     now = _from_numpy()
     return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
 
 
-_Twister = ctypes.c_uint32 * 625
-
-
 def _from_numpy() -> Any:
     return np.random.get_state()
+
+
+def _is_twister(state: Any, words: bytes) -> bool:
+    twister: bytes = state[1].tobytes() + int(state[2]).to_bytes(4, sys.byteorder)
+    return state[0] == "MT19937" and words == twister
+
+
+def _twister() -> bytes | None:
+    """The 624 words and the position of numpy's global generator; None where that is another one than MT19937."""
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937:
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
 
 
 @contextlib.contextmanager

@@ -66,20 +66,3 @@ def test_streams_that_were_drawn_from_have_moved(draw: Callable[[], object]) -> 
     assert streams.have_moved()
     streams.restore()
     assert not streams.have_moved()
-
-
-def test_a_state_that_numpy_is_set_back_to_is_held_as_it_is_though_its_words_are_the_same() -> None:
-    np.random.seed(0)
-    np.random.standard_normal()  # of a pair; the other is kept
-    keeping = np.random.get_state()
-    np.random.standard_normal()  # the other: no word of the twister changes
-    earlier = RandomStreams.now()
-    np.random.set_state(keeping)
-    streams = RandomStreams.now()
-    first = np.random.standard_normal()
-    assert streams.have_moved()
-    with streams.replayed():
-        assert np.random.standard_normal() == first
-    assert RandomStreams.now(earlier).numpy_legacy is earlier.numpy_legacy
-    np.random.rand()
-    assert RandomStreams.now(earlier).numpy_legacy is not earlier.numpy_legacy
