@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import random
 import sys
 from collections.abc import Iterator
@@ -99,9 +100,9 @@ def _numpy_state() -> Any:
     if state is None:
         state = _from_numpy()
         _known.clear()
-        # Of normal numbers, made in pairs, the second is kept outside of the twister. Where none is kept, the twister
-        # has to move before one is; where one is, it does not move when that one is drawn, and has to be asked again.
-        if words is not None and not state[3]:
+        # Of normal numbers, made in pairs, the second is kept outside of the twister: such a state is asked for anew.
+        # (Not what another thread has moved between the two looks.)
+        if words is not None and not state[3] and _is_twister(state, words):
             _known[words] = state
     return state
 
@@ -120,15 +121,42 @@ def _from_numpy() -> Any:
 
 def _is_twister(state: Any, words: bytes) -> bool:
     twister: bytes = state[1].tobytes() + int(state[2]).to_bytes(4, sys.byteorder)
-    return state[0] == "MT19937" and words == twister
+    return state[0] == "MT19937" and words == twister + bytes([state[3]])
 
 
 def _twister() -> bytes | None:
-    """The 624 words and the position of numpy's global generator; None where that is another one than MT19937."""
+    """The 624 words and the position of numpy's global generator, and whether it keeps a normal number.
+
+    None where it is another generator than MT19937, or where it does not say.
+    """
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not np.random.MT19937:
+    flag = _place_of_flag()
+    if type(generator) is not np.random.MT19937 or flag is None:
         return None
-    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+    words = ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+    # `set_state` goes back to the same words with a number kept or without
+    return words + ctypes.string_at(id(_owner()) + flag, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _place_of_flag() -> int | None:
+    """Where in its memory a RandomState says that it keeps a normal number.
+
+    It is the byte that is 0, 1 and 0 as one comes and goes; None where no single byte is.
+    """
+    if sys.implementation.name != "cpython" or not isinstance(_owner(), np.random.RandomState):
+        return None
+    probe, seen = np.random.RandomState(0), []
+    for _ in range(3):
+        seen.append(ctypes.string_at(id(probe), type(probe).__basicsize__))
+        probe.standard_normal()
+    places = [place for place, values in enumerate(zip(*seen, strict=True)) if values == (0, 1, 0)]
+    return places[0] if len(places) == 1 else None
+
+
+def _owner() -> Any:
+    """Whose methods the functions of `numpy.random` are."""
+    return getattr(np.random.get_state, "__self__", None)
 
 
 @contextlib.contextmanager
