@@ -89,27 +89,25 @@ class RandomStreams:
             yield
 
 
-# What numpy was last asked for, by the words of the twister at that time. To ask takes 40 us, to look at them 1.
+# What numpy was last asked for, by the words of its generator at that time. To ask takes 40 us, to look at them 1.
 _known: dict[bytes, Any] = {}
 
 
 def _numpy_state() -> Any:
     """What `numpy.random.get_state` returns."""
     words = _twister()
-    state = _known.get(words) if words is not None else None
+    state = None if words is None else _known.get(words)
     if state is None:
         state = _from_numpy()
         _known.clear()
-        # Of normal numbers, made in pairs, the second is kept outside of the twister: such a state is asked for anew.
-        # (Not what another thread has moved between the two looks.)
-        if words is not None and not state[3] and _is_twister(state, words):
+        if words is not None and _is_twister(state, words):  # and has not been moved by another thread meanwhile
             _known[words] = state
     return state
 
 
 def _numpy_has_moved(before: Any) -> bool:
     words = _twister()
-    if words is not None and not before[3]:
+    if words is not None:
         return _known.get(words) is not before and not _is_twister(before, words)
     now = _from_numpy()
     return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
@@ -120,29 +118,29 @@ def _from_numpy() -> Any:
 
 
 def _is_twister(state: Any, words: bytes) -> bool:
-    twister: bytes = state[1].tobytes() + int(state[2]).to_bytes(4, sys.byteorder)
-    return state[0] == "MT19937" and words == twister + bytes([state[3]])
+    name, key, position, keeps_a_number, _ = state
+    twister: bytes = key.tobytes() + int(position).to_bytes(4, sys.byteorder)
+    return name == "MT19937" and not keeps_a_number and words == twister
 
 
 def _twister() -> bytes | None:
-    """The 624 words and the position of numpy's global generator, and whether it keeps a normal number.
+    """The 624 words and the position of numpy's global generator, where they are all there is to its state.
 
-    None where it is another generator than MT19937, or where it does not say.
+    None where it has to be asked: it is another generator than MT19937; it keeps a normal number for later, of which
+    two are made at a time; or there is no seeing whether it does.
     """
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    flag = _place_of_flag()
-    if type(generator) is not np.random.MT19937 or flag is None:
+    generator, flag = np.random.get_bit_generator(), _place_of_flag()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937 or flag is None or ctypes.string_at(id(_owner()) + flag, 1) != b"\0":
         return None
-    words = ctypes.string_at(generator.ctypes.state_address, 625 * 4)
-    # `set_state` goes back to the same words with a number kept or without
-    return words + ctypes.string_at(id(_owner()) + flag, 1)
+    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
 
 
 @functools.lru_cache(maxsize=1)
 def _place_of_flag() -> int | None:
-    """Where in its memory a RandomState says that it keeps a normal number.
+    """Where in its memory a RandomState says that it keeps a normal number; None where that is not to be found.
 
-    It is the byte that is 0, 1 and 0 as one comes and goes; None where no single byte is.
+    The words of the twister do not tell, and `set_state` goes back to the same words with a number or without. It is
+    the byte that is 0, 1 and 0 as a number comes and goes, if only one is.
     """
     if sys.implementation.name != "cpython" or not isinstance(_owner(), np.random.RandomState):
         return None
