@@ -69,7 +69,7 @@ class Differences:
         # it is evaluated. A clone is dense, too, whatever the tensor was a slice of.
         points = [self.cast(tensor).clone() for tensor in tensors]
         self.call.replay = self.streams if self.draws else None
-        before, moved = RandomStreams.now(), True
+        before, moved = RandomStreams.now(None if self.draws else self.streams), True
         try:
             with torch.no_grad(), autocast_off(points):
                 found = self._estimated(points, needed, cotangents)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,10 +46,18 @@ class RandomStreams:
     python: Any
 
     @classmethod
-    def now(cls) -> RandomStreams:
-        """Hold the present state of every stream."""
+    def now(cls, before: RandomStreams | None = None) -> RandomStreams:
+        """Hold the present state of every stream.
+
+        Args:
+            before: streams held earlier. What numpy's were is taken from there if they have not been drawn from since,
+                because to ask numpy takes 40 us. Only a state that was set by hand meanwhile, of the same words but
+                with a normal number kept for later, is not told from it.
+        """
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
+        known = before is not None and not _numpy_has_moved(before.numpy_legacy)
+        legacy = before.numpy_legacy if before is not None and known else _from_numpy()
+        return cls(torch.get_rng_state(), cuda, legacy, random.getstate())
 
     def have_moved(self) -> bool:
         """Whether any stream was drawn from, or set, since.
@@ -77,7 +83,6 @@ class RandomStreams:
         torch.set_rng_state(self.torch_cpu)
         if self.torch_cuda:
             torch.cuda.set_rng_state_all(self.torch_cuda)
-        _known.clear()
         np.random.set_state(self.numpy_legacy)
         random.setstate(self.python)
 
@@ -89,72 +94,22 @@ class RandomStreams:
             yield
 
 
-# What numpy was last asked for, by the words of its generator at that time. To ask takes 40 us, to look at them 1.
-_known: dict[bytes, Any] = {}
-
-
-def _numpy_state() -> Any:
-    """What `numpy.random.get_state` returns."""
-    words = _twister()
-    state = None if words is None else _known.get(words)
-    if state is None:
-        state = _from_numpy()
-        _known.clear()
-        if words is not None and _is_twister(state, words):  # and has not been moved by another thread meanwhile
-            _known[words] = state
-    return state
-
-
 def _numpy_has_moved(before: Any) -> bool:
-    words = _twister()
-    if words is not None:
-        return _known.get(words) is not before and not _is_twister(before, words)
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is np.random.MT19937 and before[0] == "MT19937" and not before[3]:
+        # The twister in memory is 624 words and the position; to ask for them takes 40 us. Of normal numbers, made in
+        # pairs, the second is kept outside of it: but as none was kept, the twister has to move before one is drawn.
+        words = _Twister.from_address(generator.ctypes.state_address)
+        return bool(words[624] != before[2] or words[0] != before[1][0])
     now = _from_numpy()
     return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
 
 
+_Twister = ctypes.c_uint32 * 625
+
+
 def _from_numpy() -> Any:
     return np.random.get_state()
-
-
-def _is_twister(state: Any, words: bytes) -> bool:
-    name, key, position, keeps_a_number, _ = state
-    twister: bytes = key.tobytes() + int(position).to_bytes(4, sys.byteorder)
-    return name == "MT19937" and not keeps_a_number and words == twister
-
-
-def _twister() -> bytes | None:
-    """The 624 words and the position of numpy's global generator, where they are all there is to its state.
-
-    None where it has to be asked: it is another generator than MT19937; it keeps a normal number for later, of which
-    two are made at a time; or there is no seeing whether it does.
-    """
-    generator, flag = np.random.get_bit_generator(), _place_of_flag()  # type: ignore[attr-defined]
-    if type(generator) is not np.random.MT19937 or flag is None or ctypes.string_at(id(_owner()) + flag, 1) != b"\0":
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
-
-
-@functools.lru_cache(maxsize=1)
-def _place_of_flag() -> int | None:
-    """Where in its memory a RandomState says that it keeps a normal number; None where that is not to be found.
-
-    The words of the twister do not tell, and `set_state` goes back to the same words with a number or without. It is
-    the byte that is 0, 1 and 0 as a number comes and goes, if only one is.
-    """
-    if sys.implementation.name != "cpython" or not isinstance(_owner(), np.random.RandomState):
-        return None
-    probe, seen = np.random.RandomState(0), []
-    for _ in range(3):
-        seen.append(ctypes.string_at(id(probe), type(probe).__basicsize__))
-        probe.standard_normal()
-    places = [place for place, values in enumerate(zip(*seen, strict=True)) if values == (0, 1, 0)]
-    return places[0] if len(places) == 1 else None
-
-
-def _owner() -> Any:
-    """Whose methods the functions of `numpy.random` are."""
-    return getattr(np.random.get_state, "__self__", None)
 
 
 @contextlib.contextmanager

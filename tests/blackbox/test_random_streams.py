@@ -68,26 +68,18 @@ def test_streams_that_were_drawn_from_have_moved(draw: Callable[[], object]) -> 
     assert not streams.have_moved()
 
 
-def test_a_state_that_numpy_is_set_back_to_is_seen_though_its_words_are_the_same() -> None:
+def test_a_state_that_numpy_is_set_back_to_is_held_as_it_is_though_its_words_are_the_same() -> None:
     np.random.seed(0)
     np.random.standard_normal()  # of a pair; the other is kept
-    kept = np.random.get_state()
+    keeping = np.random.get_state()
     np.random.standard_normal()  # the other: no word of the twister changes
-    RandomStreams.now()
-    np.random.set_state(kept)
+    earlier = RandomStreams.now()
+    np.random.set_state(keeping)
     streams = RandomStreams.now()
     first = np.random.standard_normal()
     assert streams.have_moved()
     with streams.replayed():
         assert np.random.standard_normal() == first
-
-
-def test_without_a_look_into_memory_numpy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ignite_tbptt.blackbox.random_streams._place_of_flag", lambda: None)
-    np.random.seed(0)
-    streams = RandomStreams.now()
-    assert not streams.have_moved()
-    first = np.random.standard_normal()
-    assert streams.have_moved()
-    with streams.replayed():
-        assert np.random.standard_normal() == first
+    assert RandomStreams.now(earlier).numpy_legacy is earlier.numpy_legacy
+    np.random.rand()
+    assert RandomStreams.now(earlier).numpy_legacy is not earlier.numpy_legacy
