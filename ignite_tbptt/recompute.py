@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ignite_tbptt import nest
 from ignite_tbptt.one_node import Call, in_one_node
@@ -50,10 +50,11 @@ class Recompute:
 
         Raises:
             ValueError: the function has written into its arguments.
+            RuntimeError: in backward: the second run gave something else than the first.
         """
         seen = tuple(nest.tensors(args))
         before = _versions(seen)
-        results = self._called(function, args, seen)
+        results = self._called(_Repeated(function), args, seen)
         for tensor, was, now in zip(seen, before, _versions(seen), strict=True):
             if was != now:
                 raise ValueError(
@@ -69,10 +70,15 @@ class Recompute:
         buffers = partial(buffers_set_to, self._snapshot)
         devices = {tensor.device for tensor in seen} | {torch.device("cpu")}
         if not (self._fits_one_node and torch.is_grad_enabled() and all(device.type in _KINDS for device in devices)):
-            # It looks for devices among the arguments that it is given, and does not see those inside a dataclass.
-            return checkpoint(
-                lambda *_: function(*args), *seen, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers())
-            )
+            # It looks for devices among the arguments that it is given, and does not see those inside a dataclass. The
+            # second run goes to its end, where it is compared with the first.
+            with set_checkpoint_early_stop(False):
+                return checkpoint(
+                    lambda *_: function(*args),
+                    *seen,
+                    use_reentrant=False,
+                    context_fn=lambda: (nullcontext(), buffers()),
+                )
         call = Call(function, args, _as_now(devices, buffers))
         run = call.run(call.inputs)
         if not run.differentiable:
@@ -92,6 +98,37 @@ class Recompute:
         if leaf not in self._parameters:
             self._parameters = {parameter for module in self._modules for parameter in module.parameters()}
         return leaf in self._parameters and type(leaf) is torch.nn.Parameter and not leaf._backward_hooks
+
+
+class _Repeated:
+    """A function that has to give the same each time: else the gradient would be that of something else.
+
+    A norm of each result is compared, up to the square root of its precision: some operations of a GPU add in an order
+    of their own each time.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._first: list[torch.Tensor] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        results = self._function(*args)
+        with torch.no_grad():
+            norms = [torch.linalg.vector_norm(result) for result in nest.tensors(results) if result.is_floating_point()]
+        if self._first is None:
+            self._first = norms
+            return results
+        for was, now in zip(self._first, norms, strict=False):  # how many there are is looked at elsewhere
+            eps = torch.finfo(was.dtype).eps
+            if not torch.allclose(now, was, rtol=eps**0.5, atol=eps, equal_nan=True):
+                raise RuntimeError(
+                    "checkpoint_segments: a segment that was run again for its gradient gave a result of norm "
+                    f"{float(now):.6g} where the first run gave {float(was):.6g}. Either the model keeps a state of "
+                    "its own from segment to segment: return it as part of the hidden state, or register a buffer for "
+                    "it; or it draws random numbers that are not torch's, which are not replayed. Or leave out "
+                    "checkpoint_segments."
+                )
+        return results
 
 
 def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:

@@ -368,17 +368,27 @@ def test_the_gradient_of_the_gradient_is_refused() -> None:
         torch.autograd.grad(y.sum(), hidden, create_graph=True)
 
 
-def test_a_segment_that_does_something_else_the_second_time_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("differs", "message"),
+    [
+        (True, r"run again for its gradient gave a result of norm .* draws random numbers that are not torch's"),
+        (False, "a segment that is run again for its gradient has a graph of"),
+    ],
+)
+def test_a_segment_that_does_something_else_the_second_time_is_refused(differs: bool, message: str) -> None:
     class Drops(Forecaster):
         def forward(self, x: Tensor, hidden: Any = None) -> tuple[Tensor, Any]:
             y, hidden = super().forward(x, hidden)
-            return (y if dice.random() < 0.5 else y.tanh()), hidden
+            return (y if dice.random() < 0.5 else other(y)), hidden
+
+    def other(y: Tensor) -> Tensor:
+        return y.tanh() if differs else y * 1
 
     dice = random.Random(1)  # gives 0.13, then 0.85
     model: Any = seeded(Drops).double()
     x, hidden, recompute = segment_of(model)
     y, _ = recompute(model, x, hidden)
-    with pytest.raises(RuntimeError, match=r"a segment that is run again for its gradient has a graph of"):
+    with pytest.raises(RuntimeError, match=message):
         y.sum().backward()
 
 
@@ -473,6 +483,7 @@ def test_the_horizon_is_measured_between_segments() -> None:
 
 def test_a_segment_of_other_parameters_the_second_time_is_refused() -> None:
     layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    layers[1].load_state_dict(layers[0].state_dict())  # the same results
     turns = iter(range(2))
 
     def of_the_next(x: Tensor) -> Tensor:  # as many operations both times
@@ -490,3 +501,26 @@ def test_a_segment_that_writes_into_its_input_is_refused(fits: bool) -> None:
     recompute._fits_one_node = fits
     with pytest.raises(ValueError, match=r"written into a tensor of shape \(2, 3\) that it was given"):
         recompute(lambda x: layer(x.mul_(2)).sum(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_model_that_keeps_a_state_to_itself_is_refused(fits: bool) -> None:
+    class Keeps(Forecaster):
+        kept: Tensor | float = 0.0
+
+        def forward(self, x: Tensor, hidden: Any = None) -> tuple[Tensor, Any]:
+            y, hidden = super().forward(x, hidden)
+            y = y + self.kept
+            self.kept = y.detach().mean()  # no buffer: the second run meets what the last segment left here
+            return y, hidden
+
+    model: Any = seeded(Keeps).double()
+    if not fits:
+        model.rnn.weight_hh_l0.register_hook(lambda gradient: gradient)
+    x, hidden, recompute = segment_of(model)
+    losses = []
+    for chunk in (x, x + 1, x + 2):
+        y, hidden = recompute(model, chunk, hidden)
+        losses.append(y.square().mean())
+    with pytest.raises(RuntimeError, match=r"checkpoint_segments: a segment .* register a buffer for it"):
+        torch.stack(losses).sum().backward()
