@@ -65,10 +65,11 @@ class Run:
 
     def graph(self) -> Graph:
         """Walk the graph of the results."""
-        given = {(edge.node, edge.output_nr) for edge in map(get_gradient_edge, self.inputs)}
-        edges: list[tuple[Node | None, int]] = [
-            (edge.node, edge.output_nr) for edge in map(get_gradient_edge, self.differentiable)
-        ]
+        with torch.enable_grad():  # without it torch 2.4 finds no edge to a leaf
+            given = {(edge.node, edge.output_nr) for edge in map(get_gradient_edge, self.inputs)}
+            edges: list[tuple[Node | None, int]] = [
+                (edge.node, edge.output_nr) for edge in map(get_gradient_edge, self.differentiable)
+            ]
         seen: set[Node] = set()
         leaves: list[Tensor] = []
         closed = True
@@ -152,9 +153,7 @@ class _Node(torch.autograd.Function):
             run = call.run([value.detach().requires_grad_() for value in values])
         if run.recorded != ctx.recorded or len(run.differentiable) != len(gradients):
             # compilers, say, record more when they are called first
-            with torch.enable_grad():  # without it torch 2.4 finds no edge to an input
-                second = run.graph()
-            _require_same(second, graph)
+            _require_same(run.graph(), graph)
         needed = ctx.needs_input_grad[4:]
         found = torch.autograd.grad(
             [result for result, gradient in zip(run.differentiable, gradients, strict=True) if gradient is not None],
