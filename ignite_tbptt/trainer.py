@@ -412,7 +412,8 @@ def create_supervised_tbptt_trainer(
             its gradient: the activations of one segment at a time, for one more forward pass. The result is the same,
             random numbers and buffers included, but for the order in which gradients are summed. For windows of many
             segments, as `FullBackpropagation` has them. Segments that lead to anything but parameters of `model` and
-            `loss_fn`, or to parameters with hooks, are left to ``torch.utils.checkpoint``, which takes longer.
+            `loss_fn`, or to parameters with hooks, are left to ``torch.utils.checkpoint``, which takes longer. A
+            second run that gives something else, because the model keeps a state of its own, raises RuntimeError.
 
     Returns:
         The engine.
