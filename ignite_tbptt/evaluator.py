@@ -14,13 +14,13 @@ import torch
 from ignite.engine import Engine
 from ignite.metrics import Loss, MeanAbsoluteError, MeanPairwiseDistance, MeanSquaredError, Metric
 
-from ignite_tbptt.carry import HiddenCarry
+from ignite_tbptt.checkpoint import track_position
 from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, fire, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchanged
-from ignite_tbptt.hidden import warn_if_bidirectional
-from ignite_tbptt.resume import carry_hidden
+from ignite_tbptt.hidden import HiddenCarry, warn_if_bidirectional
+from ignite_tbptt.policies import as_policy, check_steps
 from ignite_tbptt.sequence import SplitBatch, split_sequence
-from ignite_tbptt.truncation import as_policy, check_steps, plan_windows
+from ignite_tbptt.truncation import plan_windows
 
 _prepare_batch = prepare_batch  # the argument of that name hides the function
 
@@ -193,7 +193,7 @@ def create_supervised_tbptt_evaluator(
     engine = Engine(step)
     register_time_events(engine, Tbptt_Events.TIME_ITERATION_STARTED, Tbptt_Events.TIME_ITERATION_COMPLETED)
     engine.state.tbtt_step = tbtt_step  # type: ignore[attr-defined]
-    carry_hidden(engine, stateful)
+    track_position(engine, stateful)
     for name, metric in metrics.items():
         metric.attach(engine, name, usage=EpochTimeWise())
     return engine

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ignite_tbptt import nest
-from ignite_tbptt.carry import device_of
+from ignite_tbptt.hidden import device_of
 
 
 def prepare_batch(batch: Any, device: str | torch.device | None = None, non_blocking: bool = False) -> tuple[Any, Any]:

@@ -6,15 +6,17 @@ of your own, with None where there is nothing yet. The trainer and the evaluator
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ignite_tbptt import nest
+from ignite_tbptt.sequence import Cut
+from ignite_tbptt.truncation import Window
 
 _REDUCED_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -143,75 +145,110 @@ def warn_if_bidirectional(model: Any) -> None:
             return
 
 
-_PLAIN = (bool, int, float, str, type(None))
+@dataclass(frozen=True)
+class HiddenCarry:
+    """How hidden states are carried; the arguments are those of the trainer's and the evaluator's factories."""
+
+    stateful: bool
+    initial_hidden: Callable[[Any], Any] | None
+    dim: int
+    amp_mode: str | None
+    detach: Callable[[Any], Any] = detach_hidden
+
+    def through(self, state: Any, windows: Sequence[Window], cut: Cut) -> HiddenThroughBatch:
+        """Begin the batch that `cut` cuts.
+
+        Raises:
+            ValueError: the batch has another number of rows than the one that left the carried state.
+        """
+        if not self.stateful:
+            state.hidden = None
+            return HiddenThroughBatch(self, state, windows, None)
+        steps = windows[0][0].stop
+        rows = count_rows(cut(0, steps), self.dim, steps)
+        if state.hidden is not None:
+            _check_rows(rows, state.tbptt.rows)
+        return HiddenThroughBatch(self, state, windows, rows)
 
 
-def pack_hidden(hidden: Any) -> Any:
-    """Return the state in the plain types that ``torch.load(weights_only=True)`` accepts.
+class HiddenThroughBatch:
+    """The state through the windows of one batch.
 
-    Tensors are detached and cloned, so that the view of a last step does not save the storage of all steps. A container
-    of a class of its own becomes a dict that names the class; `unpack_hidden` finds it again.
-
-    Raises:
-        ValueError: the state holds something that would not come back from a file.
+    Where a window starts before the last one ended, as a sliding window does, it starts from the state that was
+    reached there; only states that a later window asks for are kept.
     """
-    if isinstance(hidden, torch.Tensor):
-        return hidden.detach().clone()
-    if type(hidden) in _PLAIN:
+
+    def __init__(self, carry: HiddenCarry, state: Any, windows: Sequence[Window], rows: int | None) -> None:
+        self._carry, self._state, self._rows = carry, state, rows
+        self._revisited = {later[0].start for window, later in pairwise(windows) if later[0].start != window[-1].stop}
+        self._kept = {0: state.hidden} if 0 in self._revisited else {}
+        self.end = 0
+        self._length = windows[-1][-1].stop
+
+    def windows_left(self) -> bool:
+        """Return whether the sequence goes on behind the windows run so far."""
+        return self.end < self._length
+
+    def go_back_to(self, start: int) -> None:
+        """Set `engine.state.hidden` to the state at an earlier time, at which a window starts."""
+        self._state.hidden = self._kept[start]
+        self._kept = {time: hidden for time, hidden in self._kept.items() if time >= start}
+
+    def start(self, x: Any) -> Any:
+        """Return the state for the window's first chunk: detached, or the initial one with its graph to be learned."""
+        hidden = self._state.hidden
+        if hidden is None:
+            return None if self._carry.initial_hidden is None else self._carry.initial_hidden(x)
+        if self._state.tbptt.hidden_restored:  # a checkpoint may have been loaded onto another device
+            self._state.tbptt.hidden_restored = False
+            hidden = move_hidden(hidden, device_of(x))
+        hidden = self._carry.detach(hidden)
+        if self._carry.amp_mode is not None:
+            hidden = restore_precision(hidden)
+        # Also on engine.state, or the last window's graph would live beside this one's.
+        self._state.hidden = hidden
         return hidden
-    if type(hidden) in (list, tuple):
-        return type(hidden)(pack_hidden(child) for child in hidden)
-    if type(hidden) is dict and "__class__" not in hidden:
-        return {key: pack_hidden(child) for key, child in hidden.items()}
-    pairs = nest.children(hidden)
-    name = [type(hidden).__module__, type(hidden).__qualname__]
-    if pairs is None or _find_class(*name) is not type(hidden):
-        raise ValueError(
-            f"the carried hidden state holds a {'.'.join(name)}, which would not come back from a checkpoint. It may "
-            "hold tensors, numbers, strings and None in dicts, lists, tuples, and named tuples, dataclasses or "
-            "subclasses of those that are defined at the top level of a module."
-        )
-    return {"__class__": name, "children": {key: pack_hidden(child) for key, child in pairs}}
+
+    def reach(self, time: int, hidden: Any) -> None:
+        """Take the state that the model returned behind the segment that ends at `time`."""
+        self._state.hidden = hidden
+        self.end = time
+        if time in self._revisited:
+            self._kept[time] = self._cut(hidden)
+
+    def leave(self) -> None:
+        """End the batch, or leave it because of an exception: the state stays, its graph goes."""
+        hidden = nest.map_tensors(torch.Tensor.detach, self._state.hidden)
+        self._state.hidden = hidden if self._carry.amp_mode is None else restore_precision(hidden)
+        self._state.tbptt.rows = self._rows
+
+    def _cut(self, hidden: Any) -> Any:
+        hidden = self._carry.detach(hidden)
+        return hidden if self._carry.amp_mode is None else restore_precision(hidden)
 
 
-def unpack_hidden(packed: Any) -> Any:
-    """Return the state that `pack_hidden` packed.
+def count_rows(chunk: Any, dim: int, steps: int) -> int | None:
+    """Return the number of rows of a chunk of `steps` time steps, None where its tensors have no other axis than time.
 
-    Raises:
-        ValueError: a class of the state cannot be found under the name that it was saved with.
+    Tensors without the time axis, which go whole with every chunk, are passed over.
     """
-    if isinstance(packed, (list, tuple)):
-        return type(packed)(unpack_hidden(child) for child in packed)
-    if not isinstance(packed, dict):
-        return packed
-    if "__class__" not in packed:
-        return {key: unpack_hidden(child) for key, child in packed.items()}
-    kind = _find_class(*packed["__class__"])
-    if kind is None:
+    for tensor in nest.tensors(chunk):
+        if tensor.ndim >= 2 and -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == steps:
+            return tensor.shape[1 if dim % tensor.ndim == 0 else 0]
+    return None
+
+
+def device_of(x: Any) -> torch.device:
+    """Return the device of the first tensor of `x`, the CPU where it has none."""
+    for tensor in nest.tensors(x):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _check_rows(rows: int | None, carried: int | None) -> None:
+    if rows is not None and carried is not None and rows != carried:
         raise ValueError(
-            f"the checkpoint carries a hidden state of the class {'.'.join(packed['__class__'])}, which is not there. "
-            "Define it at the top level of its module, and import that module before the checkpoint is loaded."
+            f"the batch has {rows} rows, but the hidden state carried from the batch before has {carried}: with "
+            "stateful=True row i of a batch goes on where row i of the one before ended. Keep the number of rows "
+            "(ContiguousStreams, or drop_last=True), or set engine.state.hidden = None where new sequences begin."
         )
-    values = {key: unpack_hidden(value) for key, value in packed["children"].items()}
-    if issubclass(kind, Mapping):
-        return kind(values)  # type: ignore[call-arg]
-    if hasattr(kind, "_fields"):
-        return kind(**values)
-    if issubclass(kind, (list, tuple)):
-        return kind(values.values())
-    # Fields are set as they were, past any __init__: the state is restored, not made anew.
-    state = object.__new__(kind)
-    for name, value in values.items():
-        object.__setattr__(state, name, value)
-    return state
-
-
-def _find_class(module: str, name: str) -> type | None:
-    # Only what the program has imported itself and what is a plain container is ever looked up: a checkpoint runs no
-    # code of its own choice.
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
-        return None
-    return found if dataclasses.is_dataclass(found) or issubclass(found, (Mapping, list, tuple)) else None

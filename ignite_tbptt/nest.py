@@ -1,14 +1,15 @@
 """Nests: containers of tensors, walked in one way by everything that cuts, moves or carries them.
 
-A nest is a tensor, or a mapping, tuple, named tuple, list or dataclass of nests; whatever else it holds (``None``,
-strings, numbers) is handed through. `sequence` cuts nests along time, `hidden` carries them through it.
+A nest is a tensor, or a mapping, tuple, named tuple, list, set or dataclass of nests; whatever else it holds
+(``None``, strings, numbers) is handed through. The time half cuts nests along time and carries them through it; the
+blackbox half finds the tensors that go into a function and come out of it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ def children(nest: Any) -> list[tuple[Any, Any]] | None:
         return list(nest.items())
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
         return list(zip(nest._fields, nest, strict=True))
-    if isinstance(nest, (tuple, list)):
+    if isinstance(nest, (tuple, list, Set)):
         return list(enumerate(nest))
     if dataclasses.is_dataclass(nest) and not isinstance(nest, type):
-        return [(field.name, getattr(nest, field.name)) for field in dataclasses.fields(nest)]
+        names = [field.name for field in dataclasses.fields(nest)]
+        return [(name, getattr(nest, name)) for name in names if hasattr(nest, name)]
     return None
 
 
@@ -46,12 +48,12 @@ def rebuild(nest: Any, values: list[Any]) -> Any:
         return type(nest)(items)  # type: ignore[call-arg]
     if isinstance(nest, tuple):
         return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
-    if isinstance(nest, list):
-        return type(nest)(values)
+    if isinstance(nest, (list, Set)):
+        return type(nest)(values)  # type: ignore[call-arg]
     # A copy, not replace(): fields without an init, and frozen classes, come through as they are.
     twin = copy.copy(nest)
-    for field, value in zip(dataclasses.fields(nest), values, strict=True):
-        object.__setattr__(twin, field.name, value)
+    for (name, _), value in zip(children(nest) or (), values, strict=True):
+        object.__setattr__(twin, name, value)
     return twin
 
 
@@ -79,7 +81,11 @@ def leaves(nest: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def tensors(nest: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors of `nest`."""
-    return (leaf for _, leaf in leaves(nest) if isinstance(leaf, torch.Tensor))
+    if isinstance(nest, torch.Tensor):
+        yield nest
+    elif nest is not None and not isinstance(nest, (int, float, str)):  # most of what there is beside tensors
+        for _, child in children(nest) or ():
+            yield from tensors(child)
 
 
 def spell(name: str, path: Path) -> str:

@@ -7,11 +7,8 @@ pairs with the trainer and the evaluator, and none of them knows which one it ru
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -61,37 +58,6 @@ class TruncationPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class FixedTruncation:
-    """Windows of `steps` time steps each, the last one shorter where the length asks for it.
-
-    This is truncated back-propagation as Ignite and most hand-written loops have it, TBPTT(k, k): the cost is one
-    step of the model for one step of the sequence.
-
-    Example:
-        >>> import torch
-        >>> [window[0][:2] for window in FixedTruncation(4).windows(10, torch.Generator())]
-        [(0, 4), (4, 8), (8, 10)]
-
-    Args:
-        steps: time steps of a window.
-
-    Raises:
-        TypeError: `steps` is not an integer.
-        ValueError: `steps` is below 1.
-    """
-
-    steps: int
-
-    def __post_init__(self) -> None:
-        require_steps("steps", self.steps)
-
-    def windows(self, length: int, generator: torch.Generator) -> Iterator[Window]:
-        """Yield [0, steps), [steps, 2 steps), ... up to `length`; see `TruncationPolicy.windows`."""
-        for start in range(0, length, self.steps):
-            yield (Segment(start, min(start + self.steps, length)),)
-
-
 def require_steps(name: str, value: Any) -> None:
     """Refuse what is no number of time steps, as the argument `name` of a policy.
 
@@ -105,52 +71,6 @@ def require_steps(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}: a window has to hold a time step.")
 
 
-def check_tbtt_step(tbtt_step: Any) -> None:
-    """Refuse what is neither a positive int nor a policy, as an argument of the trainer.
-
-    Raises:
-        TypeError: `tbtt_step` is a bool, a float or anything else that is no int and no policy.
-        ValueError: `tbtt_step` is below 1.
-    """
-    if not isinstance(tbtt_step, TruncationPolicy) or isinstance(tbtt_step, type):
-        check_steps(tbtt_step, "an int, the time steps of a chunk, or a truncation policy")
-
-
-def check_steps(tbtt_step: Any, form: str = "an int, the time steps of a chunk") -> None:
-    """Refuse what is no positive int.
-
-    Raises:
-        TypeError: `tbtt_step` is a bool, a float or anything else that is no int.
-        ValueError: `tbtt_step` is below 1.
-    """
-    if isinstance(tbtt_step, bool) or not isinstance(tbtt_step, Integral):
-        raise TypeError(f"tbtt_step must be {form}, got {tbtt_step!r} of type {type(tbtt_step).__name__}.")
-    if tbtt_step < 1:
-        raise ValueError(f"tbtt_step must be at least 1, got {tbtt_step}: a chunk has to hold a time step.")
-
-
-def as_policy(tbtt_step: Any) -> TruncationPolicy:
-    """Return the policy that `engine.state.tbtt_step` stands for at the start of a batch.
-
-    Args:
-        tbtt_step: a policy, or a number of time steps. Ignite's parameter schedulers interpolate in floats, so a
-            number is rounded to the nearest int here.
-
-    Raises:
-        TypeError: `tbtt_step` is neither.
-        ValueError: `tbtt_step` is not finite, or rounds to less than 1.
-    """
-    if isinstance(tbtt_step, TruncationPolicy):
-        return tbtt_step
-    if isinstance(tbtt_step, bool) or not isinstance(tbtt_step, Real):
-        raise TypeError(
-            f"engine.state.tbtt_step must be a number of time steps or a truncation policy, got {tbtt_step!r}."
-        )
-    if not math.isfinite(tbtt_step) or round(float(tbtt_step)) < 1:
-        raise ValueError(f"engine.state.tbtt_step must be at least 1, got {tbtt_step}: check what schedules it.")
-    return FixedTruncation(round(float(tbtt_step)))
-
-
 def plan_windows(policy: TruncationPolicy, length: int, iteration: int) -> list[Window]:
     """Return the windows that `policy` lays over `length` steps in the given iteration of the engine.
 
@@ -162,19 +82,6 @@ def plan_windows(policy: TruncationPolicy, length: int, iteration: int) -> list[
     windows = list(policy.windows(length, generator))
     _check_cover(policy, windows, length)
     return windows
-
-
-def warn_if_normalised(policy: Any, gradient_accumulation_steps: Any, loss_weight: Any) -> None:
-    """Warn where a policy that needs losses added up would have them divided by what counts in each window."""
-    if getattr(policy, "sums_losses", False) and loss_weight is not None and gradient_accumulation_steps != "sequence":
-        warnings.warn(
-            f"loss_weight with tbtt_step={policy!r} and gradient_accumulation_steps={gradient_accumulation_steps!r}: "
-            "the loss of a window is divided by the steps that count in it, and these depend on where the cuts fall, "
-            "so the gradient is biased again. gradient_accumulation_steps='sequence' divides by those of the whole "
-            "sequence.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def loss_coefficients(window: Window, counts: Sequence[float]) -> list[float]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ignite_tbptt import detach_hidden, reset_hidden
-from ignite_tbptt.hidden import pack_hidden, restore_precision, scale_gradient, unpack_hidden, warn_if_bidirectional
+from ignite_tbptt.checkpoint import pack_hidden, unpack_hidden
+from ignite_tbptt.hidden import restore_precision, scale_gradient, warn_if_bidirectional
 from tests.helpers import PairState, RecordState
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ignite_tbptt import FixedTruncation, Segment, TruncationPolicy, Window
-from ignite_tbptt.truncation import as_policy, check_tbtt_step, loss_coefficients, plan_windows
+from ignite_tbptt.policies import as_policy, check_tbtt_step
+from ignite_tbptt.truncation import loss_coefficients, plan_windows
 from tests.helpers import POLICIES
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.outputs import Outputs, check_same_kind, copied
-from ignite_tbptt.blackbox.random_streams import RandomStreams
+from ignite_tbptt.random_streams import RandomStreams
 
 Where = str | tuple[Callable[[int], str], int]
 """Which evaluation: a text, or a function and the index that it is to be asked for."""

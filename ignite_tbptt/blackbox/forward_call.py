@@ -19,7 +19,7 @@ from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.evaluation import Call, EvaluationCount, Evaluator, SerialEvaluation
 from ignite_tbptt.blackbox.gradient import Differences, autocast_off
 from ignite_tbptt.blackbox.outputs import Outputs
-from ignite_tbptt.blackbox.random_streams import RandomStreams
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["ForwardCall", "Known", "Options", "make_options"]
 

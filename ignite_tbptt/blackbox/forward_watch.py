@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ignite_tbptt import nest
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.cut_report import CutCall
-from ignite_tbptt.blackbox.reach import Bits, Reach, carries_gradient, is_dead_node, tensors_in
+from ignite_tbptt.blackbox.reach import Bits, Reach, carries_gradient, is_dead_node
 
 __all__ = ["CallRecord", "CallWatch", "ForwardWatch"]
 
@@ -82,7 +83,7 @@ class ForwardWatch:
     def leave(self, call: CallRecord, outputs: Any) -> None:
         """Close the record of a call with what came out."""
         with torch._C.DisableTorchFunction():
-            floats = [tensor for tensor in tensors_in(outputs) if carries_gradient(tensor)]
+            floats = [tensor for tensor in nest.tensors(outputs) if carries_gradient(tensor)]
             call.left = self.reach.of(floats)
             call.gives_float = bool(floats)
             # a view that was made without gradients still says that it requires them
@@ -140,7 +141,7 @@ class CallWatch(TorchFunctionMode):
             label, rank = verdict
             site = _call_site()
             if site is not None:
-                results = list(tensors_in(result))
+                results = list(nest.tensors(result))
                 integral = bool(results) and not any(carries_gradient(tensor) for tensor in results)
                 call = CutCall(label, *site, zero_gradient=_is_dead(results), integral=integral)
                 self._watch.note(call, (values, kwargs), rank)
@@ -158,7 +159,7 @@ def _verdict(name: str, arguments: Any, result: Any) -> tuple[str, int] | None:
     """
     if name in _READS:
         return (name, 2 if name in _MASK_READS else 0) if _in_graph(arguments) else None
-    results = list(tensors_in(result))
+    results = list(nest.tensors(result))
     if not results and name != "__setitem__":
         return None
     grad_enabled = torch.is_grad_enabled()
@@ -175,7 +176,7 @@ def _verdict(name: str, arguments: Any, result: Any) -> tuple[str, int] | None:
 
 
 def _in_graph(arguments: Any) -> bool:
-    return any(tensor.requires_grad for tensor in tensors_in(arguments))
+    return any(tensor.requires_grad for tensor in nest.tensors(arguments))
 
 
 def _call_site() -> tuple[str, int] | None:

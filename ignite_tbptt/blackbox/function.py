@@ -23,7 +23,7 @@ from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
 from ignite_tbptt.blackbox.forward_call import ForwardCall, Known, Options, make_options
 from ignite_tbptt.blackbox.gradient import Differences
-from ignite_tbptt.blackbox.random_streams import RandomStreams
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["BlackboxFunction", "blackbox", "differentiable_call"]
 

@@ -22,7 +22,7 @@ from ignite_tbptt.blackbox.doubts import BasePoint, there
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import Estimator, all_finite
 from ignite_tbptt.blackbox.evaluation import Call, Evaluator, Points, size_of
-from ignite_tbptt.blackbox.random_streams import RandomStreams
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Differences", "autocast_off"]
 

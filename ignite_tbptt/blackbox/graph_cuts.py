@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ignite_tbptt import nest
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
 from ignite_tbptt.blackbox.forward_watch import CallRecord, CallWatch, ForwardWatch
 from ignite_tbptt.blackbox.module_state import attributes_kept
-from ignite_tbptt.blackbox.random_streams import random_streams_kept
-from ignite_tbptt.blackbox.reach import Reach, carries_gradient, tensors_in
+from ignite_tbptt.blackbox.reach import Reach, carries_gradient
+from ignite_tbptt.random_streams import random_streams_kept
 
 __all__ = ["find_graph_cuts", "is_compiled", "unwrapped"]
 
@@ -113,7 +114,7 @@ def _sources(
     def wanted() -> dict[str, Tensor]:
         labelled = [(_told(model, index), value) for index, value in enumerate(inputs)]
         labelled += [(f"input {name!r}", value) for name, value in kwargs.items()]
-        pairs = [(label, tensor) for label, value in labelled for tensor in tensors_in(value) if tensor.requires_grad]
+        pairs = [(label, tensor) for label, value in labelled for tensor in nest.tensors(value) if tensor.requires_grad]
         seen: dict[str, Tensor] = {}
         for label, tensor in pairs:
             # a nest of several tensors is one argument: number what is inside it
@@ -182,7 +183,7 @@ def _nothing_left_behind(model: Callable[..., Any]) -> Iterator[None]:
 def _report(watch: ForwardWatch, outputs: Any) -> GraphCutReport:
     root = watch.root
     assert root is not None
-    arrived = watch.reach.of([tensor for tensor in tensors_in(outputs) if carries_gradient(tensor)])
+    arrived = watch.reach.of([tensor for tensor in nest.tensors(outputs) if carries_gradient(tensor)])
     found: dict[tuple[str, CutKind], _Finding] = {}
     explained = _explain(root, arrived.live, found)
     unexplained = arrived.any & ~arrived.live & ~explained

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ignite_tbptt import nest
 from ignite_tbptt.blackbox.arguments import Arguments
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
 from ignite_tbptt.blackbox.function import differentiable_call
 from ignite_tbptt.blackbox.module_state import ModuleState
-from ignite_tbptt.blackbox.reach import tensors_in
 
 __all__ = ["Differencing", "ModuleCall", "tensors_of_call"]
 
@@ -59,7 +59,9 @@ class _Inputs:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], owner: str) -> None:
         leaves, self._spec = tree_flatten((args, kwargs))
         for leaf in leaves:
-            _refuse_closed(leaf, f"{owner}: an input", [tensor for tensor in tensors_in(leaf) if tensor.requires_grad])
+            _refuse_closed(
+                leaf, f"{owner}: an input", [tensor for tensor in nest.tensors(leaf) if tensor.requires_grad]
+            )
         self.count = sum(isinstance(leaf, Tensor) for leaf in leaves)
         # placeholders where tensors were, so that the graph does not keep the caller's tensors alive
         self._rest = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -105,7 +107,7 @@ class ModuleCall:
     def differentiable(self, outputs: Any, tensors: Sequence[Tensor], how: Differencing) -> Any:
         """The outputs of this call, with a ``grad_fn`` where any of the tensors requires grad."""
         for leaf in tree_flatten(outputs)[0]:
-            _refuse_closed(leaf, f"{self._owner}: an output", list(tensors_in(leaf)))
+            _refuse_closed(leaf, f"{self._owner}: an output", list(nest.tensors(leaf)))
         return differentiable_call(
             self,
             tensors,

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ignite_tbptt.blackbox.random_streams import RandomStreams
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["ModuleState", "attributes_kept"]
 

@@ -7,33 +7,17 @@ node answers all questions about a forward pass. `graph_cuts` asks them at each 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Bits", "Reach", "carries_gradient", "is_dead_node", "tensors_in"]
+from ignite_tbptt import nest
+
+__all__ = ["Bits", "Reach", "carries_gradient", "is_dead_node"]
 
 # The derivatives of these are zero everywhere, or missing (the last).
 _DEAD_NODES = ("Round", "Sign", "Sgn", "Floor", "Ceil", "Trunc", "Bernoulli", "torch::autograd::NotImplemented")
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of mappings, sequences and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif value is None or isinstance(value, (int, float, str)):  # most of what there is beside tensors
-        return
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for entry in fields(value):
-            yield from tensors_in(getattr(value, entry.name, None))
 
 
 def carries_gradient(tensor: Tensor) -> bool:
@@ -67,7 +51,7 @@ class Reach:
     def of(self, value: Any) -> Bits:
         """The sources that the tensors in a nest depend on."""
         through_any = live = 0
-        for tensor in tensors_in(value):
+        for tensor in nest.tensors(value):
             bits = self._of_tensor(tensor)
             through_any, live = through_any | bits.any, live | bits.live
         return Bits(through_any, live)

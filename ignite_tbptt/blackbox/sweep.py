@@ -20,8 +20,8 @@ from torch import Tensor
 from ignite_tbptt.blackbox.arguments import Arguments
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.outputs import Outputs
-from ignite_tbptt.blackbox.random_streams import RandomStreams
 from ignite_tbptt.blackbox.stencil import Stencil, central
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["StepSweep", "noise_level", "step_sweep"]
 

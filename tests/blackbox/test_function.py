@@ -17,7 +17,7 @@ from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.evaluation import EvaluationCount
 from ignite_tbptt.blackbox.function import blackbox, differentiable_call
-from ignite_tbptt.blackbox.random_streams import RandomStreams
+from ignite_tbptt.random_streams import RandomStreams
 from tests.blackbox.helpers import COORDINATE_ESTIMATORS, EVALUATORS, as_text, relative_error, row_sums, seen_through
 
 # central differences in float64: eps^(2/3) of truncation and round-off, for functions of size and curvature about 1

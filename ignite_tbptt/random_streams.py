@@ -29,7 +29,7 @@ class RandomStreams:
     Example::
 
         >>> import torch
-        >>> from ignite_tbptt.blackbox.random_streams import RandomStreams
+        >>> from ignite_tbptt.random_streams import RandomStreams
         >>> streams = RandomStreams.now()
         >>> first = torch.rand(3)
         >>> with streams.replayed():

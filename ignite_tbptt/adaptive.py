@@ -11,8 +11,8 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from ignite_tbptt.gradient_decay import require_tolerance
-from ignite_tbptt.gradient_horizon import GradientHorizon
+from ignite_tbptt.decay import require_tolerance
+from ignite_tbptt.horizon import GradientHorizon
 from ignite_tbptt.truncation import TruncationPolicy, require_steps
 
 

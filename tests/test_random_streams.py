@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ignite_tbptt.blackbox.random_streams import RandomStreams, random_streams_kept
+from ignite_tbptt.random_streams import RandomStreams, random_streams_kept
 
 
 def draw() -> tuple[float, float, float]:

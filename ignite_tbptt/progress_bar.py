@@ -84,7 +84,7 @@ class TbpttProgressBar:
     def _open(self, engine: Engine) -> None:
         self._close()
         state: Any = engine.state
-        self._place = _Place(batch=state.batch_in_epoch)
+        self._place = _Place(batch=state.tbptt.batch_in_epoch)
         self._bar = self._tqdm(total=None, **self._tqdm_kwargs)
 
     def _close(self) -> None:

@@ -16,9 +16,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from ignite_tbptt import nest, ranks
-from ignite_tbptt.carry import device_of
-from ignite_tbptt.gradient_decay import GradientDecay, require_tolerance
-from ignite_tbptt.hidden import detach_hidden, move_hidden, restore_precision
+from ignite_tbptt.decay import GradientDecay, require_tolerance
+from ignite_tbptt.hidden import detach_hidden, device_of, move_hidden, restore_precision
 from ignite_tbptt.optimization import checked_loss
 from ignite_tbptt.recompute import buffers_of, buffers_set_to
 from ignite_tbptt.sequence import Cut
@@ -301,7 +300,8 @@ class GradientHorizon:
 
 def _training_step(engine: Engine) -> Any:
     """Return the process function of a trainer over time."""
-    step = getattr(engine, "tbptt_training_step", None)
+    time_state: Any = getattr(engine.state, "tbptt", None)
+    step = getattr(time_state, "step", None)
     if step is None:
         raise ValueError(
             "engine is no trainer of this package, so there is no model to measure: attach the horizon to an engine of "

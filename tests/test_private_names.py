@@ -1,0 +1,118 @@
+"""Every private name of torch, numpy and Ignite that the package relies on, each checked to be there and to work.
+
+A release that renames one of them fails here by name, and not somewhere else as a number that is silently wrong.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Loss, MeanSquaredError
+from torch import nn
+
+import ignite_tbptt
+
+PACKAGE = Path(ignite_tbptt.__file__).parent
+
+
+def product() -> torch.Tensor:
+    return torch.ones(2, requires_grad=True) * 2
+
+
+def compiled() -> Any:
+    return torch.compile(nn.Linear(1, 1), backend="eager")
+
+
+def ran() -> Engine:
+    engine = Engine(lambda engine, batch: batch)
+    engine.run([1, 2])
+    return engine
+
+
+CANARIES: dict[str, Callable[[], Any]] = {
+    # torch
+    "_C": lambda: torch._C._are_functorch_transforms_active() is False and torch._C.DisableTorchFunction,
+    "_are_functorch_transforms_active": lambda: torch._C._are_functorch_transforms_active() is False,
+    "_backward_hooks": lambda: (
+        torch.ones(1, requires_grad=True)._backward_hooks is None and not nn.ReLU()._backward_hooks
+    ),
+    "_backward_pre_hooks": lambda: nn.ReLU()._backward_pre_hooks == {},
+    "_buffers": lambda: list(nn.BatchNorm1d(2)._buffers) == ["running_mean", "running_var", "num_batches_tracked"],
+    "_compiled_call_impl": lambda: nn.Linear(1, 1)._compiled_call_impl is None,
+    "_forward_hooks": lambda: nn.ReLU()._forward_hooks == {},
+    "_forward_pre_hooks": lambda: nn.ReLU()._forward_pre_hooks == {},
+    "_is_replica": lambda: not hasattr(nn.Linear(1, 1), "_is_replica"),  # set by DataParallel on its copies
+    "_is_view": lambda: torch.ones(2)[0]._is_view() is True,
+    "_modules": lambda: list(nn.Sequential(nn.ReLU())._modules) == ["0"],
+    "_orig_mod": lambda: isinstance(compiled()._orig_mod, nn.Linear),
+    "_saved_rounding_mode": lambda: (
+        torch.div(product(), 2, rounding_mode="floor").grad_fn._saved_rounding_mode == "floor"  # type: ignore[union-attr]
+    ),
+    "_sequence_nr": lambda: product().grad_fn._sequence_nr() < product().grad_fn._sequence_nr(),  # type: ignore[union-attr]
+    "_version": lambda: torch.zeros(1).add_(1)._version == 1,
+    # Ignite
+    "_allowed_events": lambda: Events.STARTED in ran()._allowed_events,
+    "_batch_size": lambda: Loss(nn.functional.mse_loss)._batch_size is len,
+    "_dataloader_iter": lambda: ran()._dataloader_iter is None,
+    "_event_handlers": lambda: not ran()._event_handlers.get(Events.STARTED.name),
+    "_fire_event": lambda: callable(ran()._fire_event),
+    "_init_iter": lambda: ran()._init_iter is None,
+    "_internal_run_generator": lambda: ran()._internal_run_generator is None,
+    "_name_": lambda: Events.STARTED._name_ == "STARTED",
+    "_output_transform": lambda: MeanSquaredError()._output_transform.__module__.startswith("ignite."),
+    # Python
+    "_fields": lambda: True,  # of named tuples; documented
+    "_getframe": lambda: sys._getframe(0).f_code.co_name == "<lambda>",
+    "_pytree": lambda: torch.utils._pytree.tree_flatten((1, [2]))[0] == [1, 2],
+}
+
+
+@pytest.mark.parametrize("name", CANARIES)
+def test_the_private_name_is_there(name: str) -> None:
+    assert CANARIES[name]()
+
+
+def test_numpy_keeps_its_generator_where_it_is_read() -> None:
+    """`random_streams` reads the 624 words of the legacy generator and its position from memory."""
+    import ctypes
+
+    np.random.seed(3)
+    np.random.random(5)
+    state: Any = np.random.get_state()
+    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    memory = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
+    assert list(memory[:624]) == state[1].tolist()
+    assert memory[624] == state[2]
+
+
+def test_the_list_is_complete() -> None:
+    """Whatever private attribute the package reads that it does not define itself is in the list above."""
+    used: dict[str, str] = {}
+    own: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                used[node.attr] = path.name
+                if isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self":
+                    own.add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and "_pytree" in str(node.module):
+                used["_pytree"] = path.name
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                own.add(node.target.id)
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+                name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+                if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
+                    used[name] = path.name
+    ignite_own = {"_dataloader_iter", "_init_iter", "_internal_run_generator"}  # set on self, a subclass of Engine
+    missing = {name: where for name, where in used.items() if name not in (own - ignite_own) | CANARIES.keys()}
+    assert sorted(missing.items()) == []
