@@ -170,6 +170,9 @@ class TimeState:
         data_position: batches drawn since the data began.
         batch_in_epoch: batches drawn since the epoch began.
         inside_batch: some windows of a batch have been run, and some have not.
+        shared_step: the windows that share the next optimizer step.
+        layout_is_unknown: no chunk has shown yet whether the model takes the time axis for time.
+        gradients_were_seen: a first backward has been looked at for parameters without a gradient.
         resume_data_at: where a loaded checkpoint wants the data to go on; None where none was loaded.
     """
 
@@ -179,6 +182,9 @@ class TimeState:
     data_position: int = 0
     batch_in_epoch: int = 0
     inside_batch: bool = False
+    shared_step: Any = None
+    layout_is_unknown: bool = True
+    gradients_were_seen: bool = False
     resume_data_at: int | None = None
 
 

@@ -44,11 +44,11 @@ class TbpttEvaluationStep:
         """Evaluate one batch and return the output of its last chunk."""
         state: Any = engine.state
         length, cut = self.split_batch(batch, self.carry.dim)
-        windows = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
-        state.time_iterations_per_sequence = len(windows)
-        self._warn_if_rows_are_counted_again(len(windows))
-        hidden = self.carry.through(state, windows, cut)
-        for window in windows:
+        plan = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
+        state.time_iterations_per_sequence = len(plan)
+        self._warn_if_rows_are_counted_again(len(plan))
+        hidden = self.carry.through(state, plan, cut)
+        for window in plan:
             (segment,) = window
             state.time_iteration += 1
             fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)

@@ -51,6 +51,7 @@ def register_time_events(engine: Engine, *events: Tbptt_Events) -> None:
     engine.register_events(*events, event_to_attr=_EVENT_TO_ATTR)
     engine.state.time_iteration = 0  # type: ignore[attr-defined]
     engine.state.time_iterations_per_sequence = None  # type: ignore[attr-defined]
+    engine.state.window_start = engine.state.window_stop = None  # type: ignore[attr-defined]
     engine.state.optimizer_step = 0  # type: ignore[attr-defined]
     engine.state.counted_steps = 0  # type: ignore[attr-defined]
     engine.add_event_handler(Events.STARTED, _restart_counters)

@@ -5,7 +5,6 @@ What the trainer and the evaluator have in common, and nothing of what they diff
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 
 from ignite_tbptt import nest
 from ignite_tbptt.hidden import device_of
+from ignite_tbptt.warn import warn
 
 
 def prepare_batch(batch: Any, device: str | torch.device | None = None, non_blocking: bool = False) -> tuple[Any, Any]:
@@ -105,9 +105,45 @@ def warn_if_underflow(amp_mode: str | None, scaler: Any, device: str | torch.dev
     else:
         kind = device_of(list(model.parameters()) if isinstance(model, torch.nn.Module) else None).type
     if amp_mode == "amp" and scaler is None and torch.get_autocast_dtype(kind) == torch.float16:
-        warnings.warn(
+        warn(
             f"amp_mode='amp' computes in float16 on {kind}, where gradients below 6e-8 vanish without a gradient "
-            "scaler: give scaler=True, or choose torch.set_autocast_dtype(device_type, torch.bfloat16).",
-            UserWarning,
-            stacklevel=3,
+            "scaler: give scaler=True, or choose torch.set_autocast_dtype(device_type, torch.bfloat16)."
         )
+
+
+def check_layout(model: Any, x: Any, hidden: Any, dim: int) -> bool:
+    """Compare what the model's recurrent layers say of their layout, and the state that they return, with `dim`.
+
+    A layer that takes the time axis for the rows returns a state of as many rows as the chunk has steps.
+
+    Returns:
+        Whether the layout is known: not where the chunk has as many steps as rows.
+
+    Raises:
+        ValueError: the layers take the axis `dim` for their rows.
+    """
+    layers = (
+        [module for module in model.modules() if isinstance(module, torch.nn.RNNBase)] if _has_modules(model) else []
+    )
+    tensor = next((tensor for tensor in nest.tensors(x) if tensor.ndim == 3), None)
+    state = next((tensor for tensor in nest.tensors(hidden) if tensor.ndim == 3), None)
+    batch_first = {layer.batch_first for layer in layers}
+    if len(batch_first) != 1 or tensor is None or state is None or dim % 3 == 2:
+        return True
+    rows_first = batch_first == {True}
+    if (dim % 3 == 1) == rows_first:
+        return True
+    steps, rows = tensor.shape[dim], tensor.shape[1 - dim % 3]
+    if steps == rows and not isinstance(model, torch.nn.RNNBase):
+        return False
+    if state.shape[1] == steps:
+        raise ValueError(
+            f"dim={dim} is the time axis of x, of shape {tuple(tensor.shape)}, but {type(layers[0]).__name__} with "
+            f"batch_first={rows_first} takes it for the rows: its state is of shape {tuple(state.shape)}. Give "
+            f"dim={int(rows_first)}, or make the layer with batch_first={not rows_first}."
+        )
+    return True
+
+
+def _has_modules(model: Any) -> bool:
+    return isinstance(model, torch.nn.Module)

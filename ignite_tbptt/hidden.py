@@ -1,4 +1,4 @@
-"""The state carried through time: detached, its gradient scaled, its rows reset, kept in a checkpoint.
+"""The hidden state: operations on it, and how it is carried from window to window and from batch to batch.
 
 A hidden state is any nest of tensors (`nest`): the tensor of a GRU, the pair of an LSTM, a dict, a dataclass of a cell
 of your own, with None where there is nothing yet. The trainer and the evaluator never look inside; they call these.
@@ -6,17 +6,16 @@ of your own, with None where there is nothing yet. The trainer and the evaluator
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ignite_tbptt import nest
 from ignite_tbptt.sequence import Cut
-from ignite_tbptt.truncation import Window
+from ignite_tbptt.truncation import Plan, Window
+from ignite_tbptt.warn import warn
 
 _REDUCED_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -28,16 +27,35 @@ def detach_hidden(hidden: Any) -> Any:
         hidden: nest of tensors; None and other leaves inside it stay.
 
     Raises:
-        TypeError: `hidden` holds no tensor at all, so it cannot be a state of the model.
+        TypeError: `hidden` holds no tensor at all, so it cannot be a state of the model; or an object inside it holds a
+            tensor with a graph, where it cannot be detached.
     """
     if isinstance(hidden, torch.Tensor):
         return hidden.detach()
-    if not any(True for _ in nest.tensors(hidden)):
+    if type(hidden) is tuple and hidden and all(isinstance(part, torch.Tensor) for part in hidden):
+        return tuple([part.detach() for part in hidden])  # an LSTM's, at every time iteration
+    found = False
+    for path, leaf in nest.leaves(hidden):
+        if isinstance(leaf, torch.Tensor):
+            found = True
+        else:
+            _refuse_hidden_graph(leaf, path)
+    if not found:
         raise TypeError(
             f"the hidden state must hold tensors (a tensor, tuple, list, dict, dataclass of them), but the model "
             f"returned {hidden!r} of type {type(hidden).__name__}. The model has to return (y_pred, hidden)."
         )
     return nest.map_tensors(torch.Tensor.detach, hidden)
+
+
+def _refuse_hidden_graph(leaf: Any, path: nest.Path) -> None:
+    for name, value in getattr(leaf, "__dict__", {}).items():
+        if any(tensor.requires_grad and tensor.grad_fn is not None for tensor in nest.tensors(value)):
+            raise TypeError(
+                f"{nest.spell('hidden', path)} is a {type(leaf).__name__} whose attribute {name!r} holds a tensor with "
+                "a graph, which cannot be detached there. Make the class a dataclass, or return its tensors in a "
+                "tuple or dict."
+            )
 
 
 def restore_precision(hidden: Any) -> Any:
@@ -58,12 +76,25 @@ def reset_hidden(hidden: Any, mask: torch.Tensor, dim: int = 1) -> Any:
     """Zero the state of the rows where `mask` is True, as where a document ends and the next one begins.
 
     Example:
-        Rows whose chunk starts a new document forget the old one::
+        Rows whose chunk starts a new document forget the old one; `starts` is a bool tensor (T, B)::
 
             @trainer.on(Tbptt_Events.TIME_ITERATION_STARTED)
             def forget(engine):
-                if engine.state.hidden is not None:
-                    engine.state.hidden = reset_hidden(engine.state.hidden, starts_document(engine.state))
+                state = engine.state
+                if state.hidden is not None:
+                    state.hidden = reset_hidden(state.hidden, starts[state.window_start])
+
+        Where documents end inside of chunks, or windows have several segments, reset in the model's own call, with
+        the mask as part of x::
+
+            def model_fn(model, x, hidden):
+                signal, starts = x  # starts: (T, B)
+                outputs = []
+                for x_t, starts_t in zip(signal.split(1), starts):
+                    hidden = hidden if hidden is None else reset_hidden(hidden, starts_t)
+                    y_t, hidden = model(x_t, hidden)
+                    outputs.append(y_t)
+                return torch.cat(outputs), hidden
 
     Args:
         hidden: nest of tensors.
@@ -135,12 +166,10 @@ def warn_if_bidirectional(model: Any) -> None:
         return
     for module in modules():
         if isinstance(module, torch.nn.RNNBase) and module.bidirectional:
-            warnings.warn(
+            warn(
                 f"{type(module).__name__} is bidirectional: its backward direction sees only the chunk in hand, and "
                 "the state that it carries into the next chunk comes from that chunk's past, not from its future. The "
-                "result depends on the length of the chunk.",
-                UserWarning,
-                stacklevel=3,
+                "result depends on the length of the chunk."
             )
             return
 
@@ -155,7 +184,7 @@ class HiddenCarry:
     amp_mode: str | None
     detach: Callable[[Any], Any] = detach_hidden
 
-    def through(self, state: Any, windows: Sequence[Window], cut: Cut) -> HiddenThroughBatch:
+    def through(self, state: Any, plan: Plan, cut: Cut) -> HiddenThroughBatch:
         """Begin the batch that `cut` cuts.
 
         Raises:
@@ -163,58 +192,81 @@ class HiddenCarry:
         """
         if not self.stateful:
             state.hidden = None
-            return HiddenThroughBatch(self, state, windows, None)
-        steps = windows[0][0].stop
-        rows = count_rows(cut(0, steps), self.dim, steps)
+            return HiddenThroughBatch(self, state, plan, None)
+        rows = count_rows(cut, self.dim, plan.length)
         if state.hidden is not None:
             _check_rows(rows, state.tbptt.rows)
-        return HiddenThroughBatch(self, state, windows, rows)
+        return HiddenThroughBatch(self, state, plan, rows)
+
+    def cut(self, hidden: Any) -> Any:
+        """Return the state without its graph, in the precision that it is carried in."""
+        hidden = self.detach(hidden)
+        return hidden if self.amp_mode is None else restore_precision(hidden)
 
 
 class HiddenThroughBatch:
-    """The state through the windows of one batch.
+    """The state through the windows of one batch; it lies on `engine.state.hidden`, where handlers may replace it.
 
-    Where a window starts before the last one ended, as a sliding window does, it starts from the state that was
-    reached there; only states that a later window asks for are kept.
+    A window that starts before the last one ended, as those of `SlidingTruncation` do, starts from the state that was
+    reached there when the time steps before it were run for the first time. A state that a handler sets is a boundary:
+    later windows start there at the earliest.
+
+    Attributes:
+        end: time steps that have been run.
     """
 
-    def __init__(self, carry: HiddenCarry, state: Any, windows: Sequence[Window], rows: int | None) -> None:
+    def __init__(self, carry: HiddenCarry, state: Any, plan: Plan, rows: int | None) -> None:
         self._carry, self._state, self._rows = carry, state, rows
-        self._revisited = {later[0].start for window, later in pairwise(windows) if later[0].start != window[-1].stop}
-        self._kept = {0: state.hidden} if 0 in self._revisited else {}
-        self.end = 0
-        self._length = windows[-1][-1].stop
+        self._restored, state.tbptt.hidden_restored = state.tbptt.hidden_restored, False
+        self._kept: dict[int, Any] | None = None
+        if plan.outline.overlap:
+            self._kept = {0: _copied(state.hidden)}
+        self._left: Any = None
+        self._boundary = self.end = 0
+        self._hand_over(state.hidden)
 
-    def windows_left(self) -> bool:
-        """Return whether the sequence goes on behind the windows run so far."""
-        return self.end < self._length
+    def first_step(self, window: Window) -> int:
+        """Return the time step that a window starts from, unless a handler sets a state."""
+        return max(window[0].start, self._boundary)
 
-    def go_back_to(self, start: int) -> None:
-        """Set `engine.state.hidden` to the state at an earlier time, at which a window starts."""
-        self._state.hidden = self._kept[start]
+    def begin(self, window: Window) -> Window:
+        """Bring the state to where `window` starts.
+
+        Returns:
+            The segments that are left of the window behind the last boundary.
+        """
+        if self._kept is None:
+            return window
+        if self._left != _identity(self._state.hidden):
+            self._boundary = self.end
+            self._kept = {self.end: _copied(self._state.hidden)}
+        start = self.first_step(window)
+        if start < self.end:
+            self._state.hidden = _copied(self._kept[start])
         self._kept = {time: hidden for time, hidden in self._kept.items() if time >= start}
+        if window[0].start == start:
+            return window
+        return tuple(s._replace(start=max(s.start, start)) for s in window if s.stop > start)
 
     def start(self, x: Any) -> Any:
         """Return the state for the window's first chunk: detached, or the initial one with its graph to be learned."""
         hidden = self._state.hidden
         if hidden is None:
             return None if self._carry.initial_hidden is None else self._carry.initial_hidden(x)
-        if self._state.tbptt.hidden_restored:  # a checkpoint may have been loaded onto another device
-            self._state.tbptt.hidden_restored = False
+        if self._restored:  # a checkpoint may have been loaded onto another device
             hidden = move_hidden(hidden, device_of(x))
-        hidden = self._carry.detach(hidden)
-        if self._carry.amp_mode is not None:
-            hidden = restore_precision(hidden)
+        hidden = self._carry.cut(hidden)
         # Also on engine.state, or the last window's graph would live beside this one's.
         self._state.hidden = hidden
         return hidden
 
     def reach(self, time: int, hidden: Any) -> None:
         """Take the state that the model returned behind the segment that ends at `time`."""
-        self._state.hidden = hidden
-        self.end = time
-        if time in self._revisited:
-            self._kept[time] = self._cut(hidden)
+        self._hand_over(hidden)
+        if time > self.end:
+            self.end = time
+            if self._kept is not None:
+                self._kept[time] = _copied(self._carry.cut(hidden))
 
     def leave(self) -> None:
         """End the batch, or leave it because of an exception: the state stays, its graph goes."""
@@ -222,19 +274,33 @@ class HiddenThroughBatch:
         self._state.hidden = hidden if self._carry.amp_mode is None else restore_precision(hidden)
         self._state.tbptt.rows = self._rows
 
-    def _cut(self, hidden: Any) -> Any:
-        hidden = self._carry.detach(hidden)
-        return hidden if self._carry.amp_mode is None else restore_precision(hidden)
+    def _hand_over(self, hidden: Any) -> None:
+        self._state.hidden = hidden
+        if self._kept is not None:
+            self._left = _identity(hidden)
 
 
-def count_rows(chunk: Any, dim: int, steps: int) -> int | None:
-    """Return the number of rows of a chunk of `steps` time steps, None where its tensors have no other axis than time.
+def _identity(hidden: Any) -> Any:
+    """Return what differs when a state is replaced or written into."""
+    return id(hidden), [(id(tensor), tensor._version) for tensor in nest.tensors(hidden)]
 
-    Tensors without the time axis, which go whole with every chunk, are passed over.
+
+def _copied(hidden: Any) -> Any:
+    """Return a state with memory of its own: a model may write into the state that it is given."""
+    return nest.map_tensors(torch.Tensor.clone, hidden)
+
+
+def count_rows(cut: Cut, dim: int, length: int) -> int | None:
+    """Return the number of rows of the batch that `cut` cuts, None where it cannot be told.
+
+    A tensor has a time axis if chunks of different lengths differ along it; others go whole with every chunk.
     """
-    for tensor in nest.tensors(chunk):
-        if tensor.ndim >= 2 and -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] == steps:
-            return tensor.shape[1 if dim % tensor.ndim == 0 else 0]
+    if length < 2:
+        return None
+    short, long = (nest.tensors(cut(0, steps)) for steps in (1, 2))
+    for one, two in zip(short, long, strict=True):
+        if one.ndim >= 2 and -one.ndim <= dim < one.ndim and one.shape[dim] == 1 and two.shape[dim] == 2:
+            return one.shape[1 if dim % one.ndim == 0 else 0]
     return None
 
 

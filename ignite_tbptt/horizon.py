@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
-from ignite_tbptt import nest, ranks
+from ignite_tbptt import nest
 from ignite_tbptt.decay import GradientDecay, require_tolerance
 from ignite_tbptt.hidden import detach_hidden, device_of, move_hidden, restore_precision
 from ignite_tbptt.optimization import checked_loss
@@ -153,6 +153,7 @@ class GradientHorizon:
             RuntimeError: as the class says.
         """
         step = _training_step(engine)
+        ranks = step.ranks
         with _no_trace(step.forward.model, step.loss_fn), torch.enable_grad():
             length, cut = ranks.all_or_none(_MEASURING, lambda: self._split(step, engine.state))
             shortest = int(min(ranks.gather(length)))  # the same on all ranks, so that they take the same turns
@@ -165,7 +166,7 @@ class GradientHorizon:
                 )
             norms = ranks.all_or_none(_MEASURING, lambda: self._sampled_norms(states, losses))
         error = norms.std(0) / math.sqrt(len(norms)) if len(norms) > 1 else torch.full_like(norms[0], math.nan)
-        phi, variance = ranks.mean(norms.mean(0)), ranks.mean(error.square()) / ranks.count()
+        phi, variance = ranks.mean(norms.mean(0)), ranks.mean(error.square()) / ranks.count
         deviation = None if variance.isnan().any() else variance.sqrt().tolist()
         self._decay, self.batch_steps = GradientDecay(phi.tolist(), deviation, self.fit_from), shortest
         return self._decay

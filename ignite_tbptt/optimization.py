@@ -1,12 +1,14 @@
-"""From losses to one optimizer step: which windows feed it, with what weight, and the order of what happens.
+"""From losses to one optimizer step: which windows share it, how their losses are weighted, and the order of events.
 
-Two ideas pair here. An accumulation (`PerWindows`, `PerSequence`) decides which windows share a step and how much each
-weighs; `OptimizerStep` knows the order: zero, backward, rescale, unscale, look at the gradients, step, update.
+Three ideas pair here. An accumulation (`PerWindows`, `PerSequence`) decides which windows share a step. A reduction
+(`MeanLoss`, `SumLoss`) knows what a loss is, and so how losses are put together. `OptimizerStep` keeps the order: zero,
+backward, rescale, unscale, look at the gradients, step, update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
@@ -14,58 +16,58 @@ from typing import Any, Protocol
 import torch
 
 from ignite_tbptt import nest
-from ignite_tbptt.truncation import Window, loss_coefficients
+from ignite_tbptt.truncation import Window
 
 
 class Accumulation(Protocol):
-    """Decides which windows share an optimizer step and how their losses are weighed.
+    """Decides which windows share an optimizer step."""
 
-    A step is taken on ``sum(share(window) * loss(window)) / sum(share(window))``. The sum of the shares is known only
-    when the last window has been seen (padding decides about it), so losses are divided by `expected` before backward,
-    where gradients keep their magnitude, and the gradients are corrected once by the factor that remains.
-    """
-
-    def groups(self, windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
-        """Yield the windows of each optimizer step."""
+    def closes(self, windows: int, ends_batch: bool, ends_epoch: bool) -> bool:
+        """Return whether the step is taken with this window, the `windows`-th that shares it."""
         ...
 
-    def expected(self, group: Sequence[Window]) -> float:
-        """Return the sum of the shares of `group` if every time step counts."""
+    def expected(self, first_steps: int, length: int) -> float:
+        """Return how many time steps the windows of a step have, as far as their first one tells."""
         ...
 
-    def share(self, steps: float) -> float:
-        """Return the share of a window in which so many steps count."""
+    def scale(self, window: Window) -> float:
+        """Return the factor on the step that the truncation policy asks for with a window."""
         ...
 
-    def coefficients(self, window: Window, counts: Sequence[float]) -> list[float]:
-        """Return the factors that make one loss out of the losses of the window's segments."""
+    def weights(self, window: Window, counts: Sequence[float]) -> list[float]:
+        """Return the weights of the segments in the loss of their window; they add up to 1."""
         ...
 
 
 @dataclass(frozen=True)
 class PerWindows:
-    """An optimizer step for every `steps` windows of a sequence, on the mean of their losses.
+    """An optimizer step for every `steps` windows, also over batches, and for those that are left in an epoch.
 
-    The windows that are left over at the end of the sequence are stepped on as well, on the mean over those left.
+    The scale of a step is the mean of the loss weights that the truncation policy gives its windows.
     """
 
     steps: int
 
-    def groups(self, windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
-        """Yield runs of `steps` windows, the last one shorter where need be."""
-        return (windows[start : start + self.steps] for start in range(0, len(windows), self.steps))
+    def closes(self, windows: int, ends_batch: bool, ends_epoch: bool) -> bool:
+        """Return whether these are `steps` windows, or the last ones of the epoch."""
+        return windows == self.steps or ends_epoch
 
-    def expected(self, group: Sequence[Window]) -> float:
-        """Return the number of windows."""
-        return len(group)
+    def expected(self, first_steps: int, length: int) -> float:
+        """Return the steps of as many windows as the first one has."""
+        return self.steps * first_steps
 
-    def share(self, steps: float) -> float:
-        """Return 1 for a window that has a loss."""
-        return 1.0 if steps else 0.0
+    def scale(self, window: Window) -> float:
+        """Return the loss weight of the window."""
+        return sum(segment.loss_weight for segment in window)
 
-    def coefficients(self, window: Window, counts: Sequence[float]) -> list[float]:
-        """Return the loss weights that the truncation policy gave, adapted to where steps count."""
-        return loss_coefficients(window, counts)
+    def weights(self, window: Window, counts: Sequence[float]) -> list[float]:
+        """Return the policy's loss weight for a step times how many count, over their sum."""
+        parts = [
+            count * segment.loss_weight / (segment.stop - segment.start)
+            for segment, count in zip(window, counts, strict=True)
+        ]
+        total = sum(parts)
+        return [part / total for part in parts]
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,19 @@ class PerSequence:
     inside a sequence, and here none is.
     """
 
-    def groups(self, windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
-        """Yield all windows at once."""
-        return iter((windows,))
+    def closes(self, windows: int, ends_batch: bool, ends_epoch: bool) -> bool:
+        """Return whether the batch ends."""
+        return ends_batch
 
-    def expected(self, group: Sequence[Window]) -> float:
-        """Return the number of time steps."""
-        return sum(stop - start for window in group for start, stop, _, loss_weight in window if loss_weight)
+    def expected(self, first_steps: int, length: int) -> float:
+        """Return the length of the sequence."""
+        return length
 
-    def share(self, steps: float) -> float:
-        """Return the number of counting steps."""
-        return steps
+    def scale(self, window: Window) -> float:
+        """Return 1."""
+        return 1.0
 
-    def coefficients(self, window: Window, counts: Sequence[float]) -> list[float]:
+    def weights(self, window: Window, counts: Sequence[float]) -> list[float]:
         """Return the share of each segment in the counting steps of the window."""
         total = sum(counts)
         return [count / total for count in counts]
@@ -101,9 +103,9 @@ def as_accumulation(gradient_accumulation_steps: Any) -> Accumulation:
         TypeError: it is neither an int nor a string.
         ValueError: it is an int below 1, or a string other than "sequence".
     """
-    if gradient_accumulation_steps == "sequence":
-        return PerSequence()
     if isinstance(gradient_accumulation_steps, str):
+        if gradient_accumulation_steps == "sequence":
+            return PerSequence()
         raise ValueError(
             f"gradient_accumulation_steps must be a number of windows or 'sequence', got "
             f"{gradient_accumulation_steps!r}."
@@ -121,12 +123,124 @@ def as_accumulation(gradient_accumulation_steps: Any) -> Accumulation:
     return PerWindows(int(gradient_accumulation_steps))
 
 
+@dataclass
+class SharedStep:
+    """The windows of one optimizer step, as far as they have been run.
+
+    Attributes:
+        windows: how many they are.
+        steps: time steps that count in them, in the unit of `loss_weight`.
+        scale: sum of their scales, over those that have a loss.
+        scaled: number of those.
+        expected: time steps that all windows of the step would have.
+        outputs: what the handlers that look at the gradients get as output.
+    """
+
+    windows: int = 0
+    steps: float = 0.0
+    scale: float = 0.0
+    scaled: float = 0.0
+    expected: float = 0.0
+    outputs: Any = None
+
+
+class Reduction(Protocol):
+    """Knows what the loss of a window is: how losses are put together, over windows and over ranks.
+
+    How many steps count is known only when the last window has been run. So losses are divided by what is expected
+    before backward, where gradients keep their magnitude, and the gradients are corrected once by the factor that
+    remains.
+    """
+
+    def combine(self, losses: Sequence[Any], weights: Sequence[float]) -> Any:
+        """Return the loss of a window from those of its segments; None stands for a segment without a loss."""
+        ...
+
+    def factor(self, steps: float, step: SharedStep) -> float:
+        """Return the factor on the loss of one of several windows of a step, of which `steps` time steps count."""
+        ...
+
+    def correction(self, mean_steps: float, scale: float, step: SharedStep) -> float:
+        """Return the factor on the gradients when all windows have been run.
+
+        Args:
+            mean_steps: time steps that counted, mean over the ranks.
+            scale: scale of the step.
+            step: the step.
+        """
+        ...
+
+
+class MeanLoss:
+    """A loss that is a mean over the time steps that count: a step is taken on the mean over those of all windows."""
+
+    def combine(self, losses: Sequence[Any], weights: Sequence[float]) -> Any:
+        """Return the weighted sum."""
+        terms = [
+            loss if weight == 1.0 else weight * loss
+            for weight, loss in zip(weights, losses, strict=True)
+            if loss is not None
+        ]
+        return terms[0] if len(terms) == 1 else sum(terms)
+
+    def factor(self, steps: float, step: SharedStep) -> float:
+        """Return the share of the window in the steps that are expected."""
+        return steps / step.expected
+
+    def correction(self, mean_steps: float, scale: float, step: SharedStep) -> float:
+        """Return what makes the mean over the expected steps one over those that counted."""
+        return scale * step.expected / mean_steps
+
+
+class SumLoss:
+    """A loss that is a sum, as its ``reduction="sum"`` says: a step is taken on the sum over its windows."""
+
+    def combine(self, losses: Sequence[Any], weights: Sequence[float]) -> Any:
+        """Return the sum."""
+        return MeanLoss().combine(losses, [1.0] * len(losses))
+
+    def factor(self, steps: float, step: SharedStep) -> float:
+        """Return 1."""
+        return 1.0
+
+    def correction(self, mean_steps: float, scale: float, step: SharedStep) -> float:
+        """Return 1."""
+        return 1.0
+
+
+def reduction_of(loss_fn: Any) -> Reduction:
+    """Return the reduction of a loss function, by its attribute or bound argument `reduction`; a mean without one."""
+    said = getattr(loss_fn, "reduction", None)
+    if said is None:
+        said = getattr(loss_fn, "keywords", {}).get("reduction") if hasattr(loss_fn, "func") else None
+    return SumLoss() if isinstance(said, str) and said == "sum" else MeanLoss()
+
+
 @dataclass(frozen=True)
 class OptimizerStep:
-    """The optimizer and its gradient scaler, used in the one right order."""
+    """The optimizer and its gradient scaler, used in the one right order.
+
+    Args:
+        optimizer: steps the parameters.
+        scaler: gradient scaler, or None.
+        modules: what the losses lead to besides the parameters of the optimizer, whose gradients are corrected, too.
+
+    Raises:
+        TypeError: the optimizer evaluates the loss itself, as LBFGS does.
+    """
 
     optimizer: Any
     scaler: Any = None
+    modules: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                raise TypeError(
+                    f"optimizer must step without a closure, got {type(self.optimizer).__name__}: it evaluates the "
+                    "loss several times in a step, and a window is run once. Give SGD, Adam or another first-order one."
+                )
 
     def zero(self) -> None:
         """Clear the gradients."""
@@ -169,10 +283,13 @@ class OptimizerStep:
         return bool(self.scaler.get_scale() >= scale_before)
 
     def _rescale(self, factor: float) -> None:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+        parameters = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+        for module in self.modules:
+            if isinstance(module, torch.nn.Module):
+                parameters.update((id(parameter), parameter) for parameter in module.parameters())
+        for parameter in parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
 
 def checked_loss(loss: Any) -> Any:

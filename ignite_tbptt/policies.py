@@ -11,7 +11,6 @@ a loss weight in proportion to n.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,10 +19,11 @@ from typing import Any
 
 import torch
 
-from ignite_tbptt.truncation import Segment, TruncationPolicy, Window, require_steps
+from ignite_tbptt.truncation import Outline, Segment, TruncationPolicy, Window, require_steps
+from ignite_tbptt.warn import warn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FixedTruncation:
     """Windows of `steps` time steps each, the last one shorter where the length asks for it.
 
@@ -32,26 +32,47 @@ class FixedTruncation:
 
     Example:
         >>> import torch
-        >>> [window[0][:2] for window in FixedTruncation(4).windows(10, torch.Generator())]
-        [(0, 4), (4, 8), (8, 10)]
+        >>> [window[0][:2] for window in FixedTruncation(4).windows(9, torch.Generator())]
+        [(0, 4), (4, 8), (8, 9)]
+        >>> [window[0][:2] for window in FixedTruncation(4, minimum=2).windows(9, torch.Generator())]
+        [(0, 4), (4, 9)]
 
     Args:
         steps: time steps of a window.
+        minimum: the shortest last window. A shorter rest of the sequence is joined to the window before it: a loss
+            that takes differences over time, say, needs two steps. A sequence shorter than that is one window.
 
     Raises:
-        TypeError: `steps` is not an integer.
-        ValueError: `steps` is below 1.
+        TypeError: `steps` or `minimum` is not an integer.
+        ValueError: `steps` is below 1, or `minimum` below 1 or above `steps`.
     """
 
     steps: int
+    minimum: int = 1
 
     def __post_init__(self) -> None:
         require_steps("steps", self.steps)
+        require_steps("minimum", self.minimum)
+        if self.minimum > self.steps:
+            raise ValueError(
+                f"minimum must not be above steps, got minimum={self.minimum} and steps={self.steps}: every window "
+                "would be too short. Give longer windows."
+            )
+
+    def __repr__(self) -> str:
+        minimum = "" if self.minimum == 1 else f", minimum={self.minimum}"
+        return f"FixedTruncation(steps={self.steps}{minimum})"
+
+    def outline(self, length: int) -> Outline:
+        """Return the number of windows; see `TruncationPolicy`."""
+        return Outline(max(1, (length + self.steps - self.minimum) // self.steps), overlap=False)
 
     def windows(self, length: int, generator: torch.Generator) -> Iterator[Window]:
         """Yield [0, steps), [steps, 2 steps), ... up to `length`; see `TruncationPolicy.windows`."""
-        for start in range(0, length, self.steps):
-            yield (Segment(start, min(start + self.steps, length)),)
+        last = (self.outline(length).windows - 1) * self.steps
+        for start in range(0, last, self.steps):
+            yield (Segment(start, start + self.steps),)
+        yield (Segment(last, length),)
 
 
 @dataclass(frozen=True)
@@ -101,15 +122,17 @@ class SlidingTruncation:
                 f"FixedTruncation({self.k1})."
             )
 
+    def outline(self, length: int) -> Outline:
+        """Return the number of windows and whether they overlap; see `TruncationPolicy`."""
+        return Outline(-(-length // self.k1), overlap=self.k1 < self.k2 and self.k1 < length)
+
     def windows(self, length: int, generator: torch.Generator) -> Iterator[Window]:
         """Yield a prefix and k1 new steps for each multiple of `k1`; see `TruncationPolicy.windows`."""
         prefix = self.k2 - self.k1
         if prefix and length < self.k2:
-            warnings.warn(
+            warn(
                 f"a sequence of {length} steps is too short for {self!r}: k2={self.k2} steps back are not reachable "
-                "in any of its windows. Give longer sequences, or a smaller k2.",
-                UserWarning,
-                stacklevel=2,
+                "in any of its windows. Give longer sequences, or a smaller k2."
             )
         # Later windows start this many steps behind a multiple of k1; the model is stopped there, for the state.
         offset = -self.k2 % self.k1
@@ -365,13 +388,11 @@ def as_policy(tbtt_step: Any) -> TruncationPolicy:
 def warn_if_normalised(policy: Any, gradient_accumulation_steps: Any, loss_weight: Any) -> None:
     """Warn where a policy that needs losses added up would have them divided by what counts in each window."""
     if getattr(policy, "sums_losses", False) and loss_weight is not None and gradient_accumulation_steps != "sequence":
-        warnings.warn(
+        warn(
             f"loss_weight with tbtt_step={policy!r} and gradient_accumulation_steps={gradient_accumulation_steps!r}: "
             "the loss of a window is divided by the steps that count in it, and these depend on where the cuts fall, "
             "so the gradient is biased again. gradient_accumulation_steps='sequence' divides by those of the whole "
-            "sequence.",
-            UserWarning,
-            stacklevel=3,
+            "sequence."
         )
 
 

@@ -119,6 +119,7 @@ class _Plan:
         self.unseen = set(whole)
         self.lengths: dict[str, int] = {}
         self.length = 0
+        self._first: tuple[str, int] | None = None
 
     def run_cutter(self, node: Any, path: Path) -> _CutRun:
         if path in self.whole:
@@ -126,7 +127,10 @@ class _Plan:
             return partial(self._only_at_the_end, node) if self.whole[path] else partial(_repeated, node)
         _refuse_uncuttable(node, path)
         if isinstance(node, torch.Tensor):
-            self.lengths[nest.spell("batch", path)] = _length(node, self.dim, path)
+            name = nest.spell("batch", path)
+            self.lengths[name] = _length(node, self.dim, path)
+            if self.dim < 0:
+                self._refuse_ambiguous_axis(name, node)
             return partial(self._views, node)
         pairs = nest.children(node)
         if pairs is None:
@@ -139,6 +143,19 @@ class _Plan:
         return lambda start, steps, count: (
             nest.rebuild(node, list(values)) for values in zip(*[run(start, steps, count) for run in runs], strict=True)
         )
+
+    def _refuse_ambiguous_axis(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse a negative `dim` that is another axis here than in the first tensor, where both could be time."""
+        axis = self.dim % tensor.ndim
+        if self._first is None:
+            self._first = name, axis
+        first_name, first_axis = self._first
+        if axis != first_axis < tensor.ndim and tensor.shape[axis] == tensor.shape[first_axis]:
+            raise ValueError(
+                f"dim={self.dim} is axis {first_axis} of {first_name} and axis {axis} of {name}, whose shape "
+                f"{tuple(tensor.shape)} has {tensor.shape[axis]} along both: which of them is time cannot be told. "
+                f"Count dim from the front: dim={first_axis}, say."
+            )
 
     def _views(self, tensor: torch.Tensor, start: int, steps: int, count: int) -> Iterable[Any]:
         views: Iterable[Any] = tensor.narrow(self.dim, start, steps * count).split(steps, self.dim)

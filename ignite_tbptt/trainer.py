@@ -10,8 +10,9 @@ import torch
 from ignite_tbptt.checkpoint import DeterministicTimeEngine, TimeEngine, serialized_tbtt_step
 from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchanged, warn_if_underflow
 from ignite_tbptt.hidden import HiddenCarry, detach_hidden, warn_if_bidirectional
-from ignite_tbptt.optimization import OptimizerStep, as_accumulation
+from ignite_tbptt.optimization import OptimizerStep, as_accumulation, reduction_of
 from ignite_tbptt.policies import check_tbtt_step, warn_if_normalised
+from ignite_tbptt.ranks import Ranks
 from ignite_tbptt.recompute import Recompute
 from ignite_tbptt.sequence import SplitBatch, split_sequence
 from ignite_tbptt.training_step import TbpttTrainingStep, loss_item
@@ -76,8 +77,10 @@ def supervised_tbptt_training_step(
     warn_if_normalised(tbtt_step, gradient_accumulation_steps, loss_weight)
     return TbpttTrainingStep(
         forward=forward,
-        step=OptimizerStep(optimizer, scaler),
+        step=OptimizerStep(optimizer, scaler, (model, loss_fn)),
         accumulation=as_accumulation(gradient_accumulation_steps),
+        reduction=reduction_of(loss_fn),
+        ranks=Ranks(model),
         tbtt_step=tbtt_step,
         loss_fn=loss_fn,
         loss_weight=loss_weight,

@@ -1,35 +1,31 @@
-"""The trainer: runs the windows of a policy through forward, backward and step, and fires an event at each turn.
+"""The process function of the trainer: one batch, window by window, with an event at each turn.
 
 It executes what others decide: a truncation policy lays out the windows, an accumulation says which of them share an
-optimizer step, a splitter cuts the batch. None of them is known here by name.
+optimizer step, a reduction how their losses are put together, a splitter cuts the batch. None is known here by name.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 
-from ignite_tbptt import ranks
 from ignite_tbptt.checkpoint import TimeEngine, TimeState, track_position
 from ignite_tbptt.events import Tbptt_Events, fire, fire_and_ask, has_listeners, register_time_events, stop_requested
-from ignite_tbptt.forward import ChunkForward
+from ignite_tbptt.forward import ChunkForward, check_layout
 from ignite_tbptt.hidden import HiddenCarry, HiddenThroughBatch, scale_gradient
-from ignite_tbptt.optimization import Accumulation, OptimizerStep, checked_loss, zero_through
+from ignite_tbptt.optimization import Accumulation, OptimizerStep, Reduction, SharedStep, checked_loss, zero_through
+from ignite_tbptt.output import BatchOutput
 from ignite_tbptt.policies import as_policy
-from ignite_tbptt.ranks import REFUSED
+from ignite_tbptt.ranks import REFUSED, Ballot, Ranks, Stop
 from ignite_tbptt.recompute import Recompute
 from ignite_tbptt.sequence import Cut, SplitBatch
-from ignite_tbptt.truncation import (
-    TruncationPolicy,
-    Window,
-    plan_windows,
-)
+from ignite_tbptt.truncation import TruncationPolicy, Window, plan_windows
+from ignite_tbptt.warn import warn
 
 
 def loss_item(x: Any, y: Any, y_pred: Any, loss: Any) -> Any:
@@ -38,22 +34,45 @@ def loss_item(x: Any, y: Any, y_pred: Any, loss: Any) -> Any:
 
 
 @dataclass
-class _Chunks:
-    """The batch in hand: where its chunks come from, the state they start from, the loss that they left behind.
+class _Batch:
+    """The batch in hand.
 
-    `mode_may_have_changed` says that a handler may have called Module.eval() since the batch began; Module.train() for
-    every chunk would cost a small model more than all events together.
+    Attributes:
+        cut: cuts its chunks.
+        length: its time steps.
+        hidden: the state on its way through it.
+        output: its output.
+        targets: chunks that had a target.
+        mode_may_have_changed: a handler may have called Module.eval() since the batch began; Module.train() for every
+            chunk would cost a small model more than all events together.
     """
 
     cut: Cut
+    length: int
     hidden: HiddenThroughBatch
-    total: Any = 0.0
-    steps: float = 0.0
-    has_target: bool = False
+    output: BatchOutput
+    targets: int = 0
     mode_may_have_changed: bool = True
 
-    def mean_loss(self) -> float:
-        return float(self.total) / self.steps if self.steps else 0.0
+
+@dataclass
+class _Result:
+    """What the forward passes of a window gave: (x, y, y_pred) of its last segment, and its loss.
+
+    Attributes:
+        loss: mean loss over the steps that count; None where none does.
+        objective: the loss that is back-propagated, in which segments have their weights.
+        steps: how many time steps count.
+        scale: factor on the step that the policy asks for.
+    """
+
+    x: Any
+    y: Any
+    y_pred: Any
+    loss: Any = None
+    objective: Any = None
+    steps: float = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,8 @@ class TbpttTrainingStep:
     forward: ChunkForward
     step: OptimizerStep
     accumulation: Accumulation
+    reduction: Reduction
+    ranks: Ranks
     tbtt_step: int | TruncationPolicy
     loss_fn: Callable[[Any, Any], Any]
     loss_weight: Callable[[Any, Any], Any] | None
@@ -74,110 +95,166 @@ class TbpttTrainingStep:
     def attach(self, engine: Engine) -> None:
         """Give `engine`, whose process function this is, the events, the counters and the carried state."""
         if self.carry.stateful and not isinstance(engine, TimeEngine):
-            warnings.warn(
+            warn(
                 f"checkpoints of a plain {type(engine).__name__} do not hold the carried hidden state: the run cannot "
-                "be resumed inside an epoch. create_supervised_tbptt_trainer makes an engine whose checkpoints do.",
-                UserWarning,
-                stacklevel=2,
+                "be resumed inside an epoch. create_supervised_tbptt_trainer makes an engine whose checkpoints do."
             )
         register_time_events(engine, *Tbptt_Events)
         engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
-        track_position(engine, self.carry.stateful).step = self
-        engine.add_event_handler(Events.STARTED, _require_one_epoch_length)
+        place = track_position(engine, self.carry.stateful)
+        place.step, place.shared_step = self, SharedStep()
+        for event in (Events.STARTED, Events.TERMINATE, Events.TERMINATE_SINGLE_EPOCH):
+            engine.add_event_handler(event, _forget_shared_step)
+        engine.add_event_handler(Events.COMPLETED, _warn_of_windows_left)
+        if self.ranks.count > 1:
+            engine.add_event_handler(Events.STARTED, self._begin_run)
+            engine.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
+            engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, self._leave, Stop.END_EPOCH)
+            engine.add_event_handler(Events.TERMINATE, self._leave, Stop.TERMINATE)
+            engine.add_event_handler(Events.INTERRUPT, self._leave, Stop.INTERRUPT)
+            engine.add_event_handler(Events.COMPLETED, self._leave, Stop.DONE)
 
-    def __call__(self, engine: Engine, batch: Any) -> float:
-        """Train on one batch and return its mean loss over the time steps that count."""
-        state: Any = engine.state
-        if not isinstance(getattr(state, "tbptt", None), TimeState):
+    def __call__(self, engine: Engine, batch: Any) -> Any:
+        """Train on one batch and return its output: its mean loss over the time steps that count, by default."""
+        if not isinstance(getattr(engine.state, "tbptt", None), TimeState):
             raise RuntimeError("the engine has no time events: call attach(engine) on the training step before a run.")
-        cut, windows = self._plan(state, batch)
-        state.time_iterations_per_sequence = len(windows)
-        chunks = _Chunks(cut, self.carry.through(state, windows, cut))
-        state.tbptt.inside_batch = True
         try:
-            for group in self.accumulation.groups(windows):
-                if self._run_group(engine, group, chunks):
-                    return chunks.mean_loss()
+            return self._run_batch(engine, batch)
+        except Exception as error:
+            self.ranks.fail(error, engine.state.iteration)
+            raise
+
+    def _run_batch(self, engine: Engine, data: Any) -> Any:
+        state: Any = engine.state
+        place: TimeState = state.tbptt
+        length, cut = self.split_batch(data, self.carry.dim)
+        plan = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
+        state.time_iterations_per_sequence = count = len(plan)
+        batch = _Batch(cut, length, self.carry.through(state, plan, cut), BatchOutput())
+        place.inside_batch = True
+        try:
+            for number, window in enumerate(plan, 1):
+                if self._run_window(engine, batch, window, number == count):
+                    return batch.output.result()
+                if stop_requested(engine) and number < count:
+                    return batch.output.result()
         finally:
-            chunks.hidden.leave()
-        state.tbptt.inside_batch = False
-        if not chunks.has_target:
+            batch.hidden.leave()
+        place.inside_batch = False
+        if not batch.targets:
             raise ValueError(
                 "no chunk of the batch had a target: prepare_batch returned y=None for all of them, so there is no "
                 "loss to train on."
             )
-        return chunks.mean_loss()
+        return batch.output.result()
 
-    def _plan(self, state: Any, batch: Any) -> tuple[Cut, list[Window]]:
-        try:
-            length, cut = self.split_batch(batch, self.carry.dim)
-            windows = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
-        except Exception:
-            ranks.gather(REFUSED)  # the others wait for this rank's number, and must not wait for ever
-            raise
-        ranks.require_same(f"time iterations in iteration {state.iteration}", len(windows))
-        return cut, windows
-
-    def _run_group(self, engine: Engine, group: Sequence[Window], chunks: _Chunks) -> bool:
-        """Run windows that share an optimizer step, and take it.
+    def _run_window(self, engine: Engine, batch: _Batch, window: Window, is_last: bool) -> bool:
+        """Run a window through forward, backward and, if it is the last of those that share one, the optimizer step.
 
         Returns:
-            Whether the batch was cut short: a handler asked to stop and there are windows left.
+            Whether another rank has stopped, so that this window was left.
         """
         state: Any = engine.state
-        expected, share = self.accumulation.expected(group), 0.0
-        for window in group:
-            first = window[0]
-            x, y = self.forward.prepare(chunks.cut(first.start, first.stop - first.start))
-            if first.start != chunks.hidden.end:
-                chunks.hidden.go_back_to(first.start)
-            state.time_iteration += 1
-            chunks.mode_may_have_changed |= fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
-            # A handler, or a callable of the user's, may have run an evaluator.
-            if chunks.mode_may_have_changed or not getattr(self.forward.model, "training", False):
-                self.forward.model.train()
-                chunks.mode_may_have_changed = False
-            if window is group[0]:
-                self.step.zero()
-            x, y, y_pred, loss, objective, steps = self._run_window(window, x, y, chunks)
-            state.counted_steps = steps
-            part = self.accumulation.share(steps)
-            # Which steps count is known to each rank alone, yet all must take part in the same backward passes.
-            joint = part if self.loss_weight is None else ranks.mean_number(part)
-            if part:
-                self.step.backward(objective if part == expected else objective * (part / expected))
-            elif joint:
-                self.step.backward(zero_through(y_pred))
-            share += joint
-            state.output = self.output_transform(x, y, y_pred, loss)
-            chunks.steps += steps
-            chunks.total += steps * (state.output if self.output_transform is loss_item else _without_sync(loss))
-            del x, y, y_pred, loss, objective  # the next chunk does not have to fit beside this one
-            if share and window is group[-1]:
-                chunks.mode_may_have_changed |= self._take_step(engine, expected / share)
-            chunks.mode_may_have_changed |= fire(engine, Tbptt_Events.TIME_ITERATION_COMPLETED)
-            if stop_requested(engine):
-                return chunks.hidden.windows_left()
+        place: TimeState = state.tbptt
+        first = window[0]
+        x, y = self.forward.prepare(batch.cut(first.start, first.stop - first.start))
+        state.time_iteration += 1
+        state.window_start, state.window_stop = batch.hidden.first_step(window), window[-1].stop
+        batch.mode_may_have_changed |= fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
+        # A handler, or a callable of the user's, may have run an evaluator.
+        if batch.mode_may_have_changed or not getattr(self.forward.model, "training", False):
+            self.forward.model.train()
+            batch.mode_may_have_changed = False
+        window = batch.hidden.begin(window)
+        if window[0] != first:  # a handler has set a state behind the window's first steps
+            state.window_start, first = window[0].start, window[0]
+            x, y = self.forward.prepare(batch.cut(first.start, first.stop - first.start))
+        shared: SharedStep = place.shared_step
+        shared.windows += 1
+        closes = self.accumulation.closes(shared.windows, is_last, is_last and _ends_epoch(state))
+        if shared.windows == 1:
+            self.step.zero()
+            shared.expected = self.accumulation.expected(window[-1].stop - _first_counted(window), batch.length)
+        if closes or self.ranks.count == 1:
+            stopped = self._forward_backward_step(engine, batch, window, x, y, closes)
+        else:
+            with self.ranks.synchronised(False):
+                stopped = self._forward_backward_step(engine, batch, window, x, y, closes)
+        if stopped:
+            state.time_iteration -= 1
+            return True
+        batch.mode_may_have_changed |= fire(engine, Tbptt_Events.TIME_ITERATION_COMPLETED)
         return False
 
-    def _run_window(self, window: Window, x: Any, y: Any, chunks: _Chunks) -> tuple[Any, Any, Any, Any, Any, float]:
-        """Run the segments of a window in one graph.
+    def _forward_backward_step(
+        self, engine: Engine, batch: _Batch, window: Window, x: Any, y: Any, closes: bool
+    ) -> bool:
+        state: Any = engine.state
+        shared: SharedStep = state.tbptt.shared_step
+        result = self._run_segments(window, x, y, batch)
+        if state.tbptt.layout_is_unknown:
+            state.tbptt.layout_is_unknown = not check_layout(self.forward.model, result.x, state.hidden, self.carry.dim)
+        state.counted_steps = steps = result.steps
+        shared.steps += steps
+        if steps:
+            shared.scale += result.scale
+            shared.scaled += 1
+        mean_steps, scale, look = shared.steps, shared.scale / (shared.scaled or 1), None
+        if closes and self.ranks.count > 1:
+            ballots = self.ranks.vote(self._ballot(engine))
+            if _follow(engine, ballots):
+                return True
+            mean_steps = sum(ballot.steps for ballot in ballots) / len(ballots)
+            scale = sum(ballot.scale for ballot in ballots) / (sum(ballot.scaled for ballot in ballots) or 1)
+            if any(ballot.listens for ballot in ballots):
+                look = self._look_with_others
+        elif closes and has_listeners(engine, Tbptt_Events.BACKWARD_COMPLETED):
+            look = _look
+        correction = 1.0
+        if closes and shared.windows == 1 and mean_steps:  # everything is known before backward
+            shared.expected = mean_steps
+            factor = self.reduction.factor(steps, shared) * self.reduction.correction(mean_steps, scale, shared)
+        else:
+            factor = self.reduction.factor(steps, shared)
+            if closes and mean_steps:
+                correction = self.reduction.correction(mean_steps, scale, shared)
+        if steps:
+            self._backward(result.objective if factor == 1.0 else result.objective * factor)
+        elif closes and mean_steps and self.ranks.count > 1:  # the others wait for this rank in theirs
+            self._backward(zero_through(result.y_pred))
+        output = None
+        if steps:
+            output = self.output_transform(result.x, result.y, result.y_pred, result.loss)
+            batch.output.add(output, steps)
+        state.output = output
+        if shared.windows > 1 or not closes:
+            if shared.outputs is None:
+                shared.outputs = BatchOutput()
+            if steps:
+                shared.outputs.add(output, steps)
+        del result  # the next chunk does not have to fit beside this one
+        if closes:
+            if mean_steps:
+                if shared.outputs is not None:
+                    state.output = shared.outputs.result()
+                batch.mode_may_have_changed |= self._take_step(engine, correction, look)
+                state.output = output
+            state.tbptt.shared_step = SharedStep()
+        return False
 
-        Returns:
-            (x, y, y_pred) of the last segment; the mean loss over the steps that count (a zero without a graph where
-            none does); the objective, in which segments have their weights; and how many steps count.
-        """
-        hidden = chunks.hidden.start(x)
+    def _run_segments(self, window: Window, x: Any, y: Any, batch: _Batch) -> _Result:
+        """Run the segments of a window in one graph."""
+        hidden = batch.hidden.start(x)
         losses: list[Any] = []
         counts: list[float] = []
         run_segment = self._run_segment if self.recompute is None else self._run_segment_again_in_backward
         for start, stop, carry_scale, loss_weight in window:
             if counts:
-                x, y = self.forward.prepare(chunks.cut(start, stop - start))
+                x, y = self.forward.prepare(batch.cut(start, stop - start))
                 hidden = scale_gradient(hidden, carry_scale)
             count: float = 0
             if y is not None:
-                chunks.has_target = True
+                batch.targets += 1
                 if loss_weight:
                     count = stop - start if self.loss_weight is None else self._count(x, y)
             if self.forward.amp_mode is None:
@@ -187,14 +264,20 @@ class TbpttTrainingStep:
                     y_pred, hidden, loss = run_segment(x, y, hidden, count)
             losses.append(loss)
             counts.append(count)
-            chunks.hidden.reach(stop, hidden)
-        if len(window) == 1 and loss_weight == 1.0 and count:
-            return x, y, y_pred, loss, loss, count
-        steps = sum(counts)
-        if not steps:
-            return x, y, y_pred, torch.zeros(()), None, 0
-        mean = _weighted_sum([count / steps for count in counts], losses)
-        return x, y, y_pred, mean, _weighted_sum(self.accumulation.coefficients(window, counts), losses), steps
+            batch.hidden.reach(stop, hidden)
+        if len(window) == 1:
+            result = _Result(x, y, y_pred, loss, loss, count)
+        elif not (steps := sum(counts)):
+            return _Result(x, y, y_pred)
+        else:
+            weights, shares = self.accumulation.weights(window, counts), [count / steps for count in counts]
+            objective = self.reduction.combine(losses, weights)
+            loss = objective if weights == shares else self.reduction.combine(losses, shares)
+            result = _Result(x, y, y_pred, loss, objective, steps)
+        # The loss of a sequence whose only target is at its end needs no balance with others.
+        is_only_loss = count and batch.targets == 1 and stop == batch.length and start > 0
+        result.scale = 1.0 if is_only_loss else self.accumulation.scale(window)
+        return result
 
     def _run_segment_again_in_backward(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
         y_pred, hidden, loss = self.recompute(self._run_segment, x, y, hidden, count)  # type: ignore[misc]
@@ -214,47 +297,116 @@ class TbpttTrainingStep:
             )
         return count
 
-    def _take_step(self, engine: Engine, factor: float) -> bool:
+    def _backward(self, loss: Any) -> None:
+        if self.ranks.count == 1:
+            self.step.backward(loss)
+        else:
+            self.ranks.backward(lambda: self.step.backward(loss))
+
+    def _take_step(self, engine: Engine, correction: float, look: Callable[[Engine], bool] | None) -> bool:
         """Step on the gradients, unless a handler that looks at them asks to terminate.
 
         Returns:
             Whether a handler ran.
         """
-        handlers_ran = has_listeners(engine, Tbptt_Events.BACKWARD_COMPLETED)
-        look = (lambda: not _stop_before_step(engine)) if handlers_ran or ranks.count() > 1 else None
-        if self.step.take(factor, look):
+        place: TimeState = engine.state.tbptt  # type: ignore[attr-defined]
+        if not place.gradients_were_seen:
+            place.gradients_were_seen = True
+            _warn_of_missing_gradients(self.forward.model)
+        if self.step.take(correction, None if look is None else lambda: not look(engine)):
             engine.state.optimizer_step += 1  # type: ignore[attr-defined]
-            handlers_ran |= fire(engine, Tbptt_Events.OPTIMIZER_STEP_COMPLETED)
-        return handlers_ran
+            return fire(engine, Tbptt_Events.OPTIMIZER_STEP_COMPLETED) or look is not None
+        return True
+
+    # Ranks
+
+    def _begin_run(self, engine: Engine) -> None:
+        self.ranks.run_is_over = False
+        length = engine.state.epoch_length
+        self.ranks.require_same("batches in an epoch", REFUSED if length is None else length)
+
+    def _begin_epoch(self) -> None:
+        self.ranks.epoch_is_over = False
+
+    def _leave(self, engine: Engine, stop: Stop, iter_counter: int = 0) -> None:
+        """Tell the other ranks that this one leaves the epoch or the run, unless they know."""
+        if not (self.ranks.run_is_over or (stop == Stop.END_EPOCH and self.ranks.epoch_is_over)):
+            self.ranks.vote(self._ballot(engine)._replace(stop=stop))
+
+    def _ballot(self, engine: Engine) -> Ballot:
+        state: Any = engine.state
+        shared: SharedStep = state.tbptt.shared_step
+        return Ballot(
+            Stop.NOT,
+            state.epoch,
+            state.iteration,
+            state.time_iterations_per_sequence or 0,
+            shared.steps,
+            shared.scale,
+            shared.scaled,
+            has_listeners(engine, Tbptt_Events.BACKWARD_COMPLETED),
+        )
+
+    def _look_with_others(self, engine: Engine) -> bool:
+        """Fire BACKWARD_COMPLETED and return whether the step is to be withheld on any rank, and so on all.
+
+        A rank that saw a NaN in its own loss has poisoned the gradients of all by now.
+        """
+        stop = Stop.NOT
+        if _look(engine):
+            stop = Stop.TERMINATE if engine.should_terminate else Stop.END_EPOCH
+        return _follow(engine, self.ranks.vote(self._ballot(engine)._replace(stop=stop)))
 
 
-def _stop_before_step(engine: Engine) -> bool:
-    """Fire BACKWARD_COMPLETED and return whether the step is to be withheld, on this rank and so on all."""
-    asked = fire_and_ask(engine, Tbptt_Events.BACKWARD_COMPLETED)
-    if ranks.count() == 1:
-        return asked
-    # A rank that saw a NaN in its own loss has poisoned the gradients of all by now.
-    stop_all, stop_epoch = (any(ranks.gather(bool(flag))) for flag in (engine.should_terminate, asked))
-    if stop_epoch and not asked:
-        engine.terminate() if stop_all else engine.terminate_epoch()
-    return stop_epoch
+def _look(engine: Engine) -> bool:
+    """Fire BACKWARD_COMPLETED and return whether a handler asked to terminate, so that the step is withheld."""
+    return fire_and_ask(engine, Tbptt_Events.BACKWARD_COMPLETED)
 
 
-def _weighted_sum(factors: Sequence[float], losses: Sequence[Any]) -> Any:
-    terms = [
-        loss if factor == 1.0 else factor * loss
-        for factor, loss in zip(factors, losses, strict=True)
-        if loss is not None
+def _follow(engine: Engine, ballots: list[Ballot]) -> bool:
+    """Stop as the first of the ranks does, and return whether one did."""
+    stop = max(ballot.stop for ballot in ballots)
+    if stop == Stop.END_EPOCH and not engine.should_terminate_single_epoch:
+        engine.terminate_epoch()
+    elif stop == Stop.TERMINATE and not engine.should_terminate:
+        engine.terminate()
+    return stop != Stop.NOT
+
+
+def _ends_epoch(state: Any) -> bool:
+    """Return whether the batch in hand is the last of its epoch, as far as that is known."""
+    return bool(
+        state.tbptt.batch_in_epoch == state.epoch_length or state.iteration == getattr(state, "max_iters", None)
+    )
+
+
+def _first_counted(window: Window) -> int:
+    return next((segment.start for segment in window if segment.loss_weight), window[0].start)
+
+
+def _forget_shared_step(engine: Engine, iter_counter: int = 0) -> None:
+    engine.state.tbptt.shared_step = SharedStep()  # type: ignore[attr-defined]
+
+
+def _warn_of_windows_left(engine: Engine) -> None:
+    left = engine.state.tbptt.shared_step.windows  # type: ignore[attr-defined]
+    if left:
+        warn(
+            f"the run ended while {left} windows waited for others to share an optimizer step with: no step was taken "
+            "on them. The end of the epoch was not known beforehand; give run(..., epoch_length=...)."
+        )
+
+
+def _warn_of_missing_gradients(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        return
+    missing = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
-    return terms[0] if len(terms) == 1 else sum(terms)
-
-
-def _without_sync(loss: Any) -> Any:
-    """Return the loss as a tensor that adds up: an output_transform without .item() keeps a GPU from waiting."""
-    loss = loss.detach()
-    return loss if loss.device.type == "mps" else loss.double()
-
-
-def _require_one_epoch_length(engine: Engine) -> None:
-    length = engine.state.epoch_length
-    ranks.require_same("batches in an epoch", ranks.REFUSED if length is None else length)
+    if missing:
+        names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        warn(
+            f"the first backward pass left {names} without a gradient. If the loss should depend on them, the graph is "
+            "cut on the way: ignite_tbptt.find_graph_cuts(model, x) names the line. If not, requires_grad_(False) says "
+            "so."
+        )

@@ -1,13 +1,15 @@
-"""Which time steps share one gradient: segments, windows and the policies that lay them out.
+"""Segments, windows and the plan of a sequence: which time steps share one graph and one backward.
 
-A policy decides and the trainer executes: it turns the length of a sequence into windows, each a tuple of segments
-that share one graph and one backward. No torch model is involved, so a policy is tested as arithmetic. Every policy
-pairs with the trainer and the evaluator, and none of them knows which one it runs.
+A policy decides and the trainer executes. The policy turns the length of a sequence into windows, each a tuple of
+segments; a `Plan` counts and checks them before anything is trained, and lays them out again, one by one, when they are
+run. No plan is held in memory, so a sequence may have any number of windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -42,20 +44,34 @@ class TruncationPolicy(Protocol):
 
     A policy is best a frozen dataclass: its ``repr`` says in a checkpoint which one was used. A random policy may have
     an integer attribute ``seed`` and draws from `generator` alone; one that is unbiased only where losses are added up
-    says so by an attribute ``sums_losses = True``.
+    says so by an attribute ``sums_losses = True``. A policy whose windows can be counted without laying them out may
+    have a method ``outline(length) -> Outline``; the others are laid out once more to be counted.
     """
 
     def windows(self, length: int, generator: torch.Generator) -> Iterator[Window]:
         """Yield the windows of a sequence of `length` time steps, in order.
 
-        The segments with a loss weight other than 0 follow one another and cover ``[0, length)``.
+        The segments with a loss weight other than 0 follow one another and cover ``[0, length)``. A window starts at
+        step 0 or where an earlier segment ended, and not before the window ahead of it started.
 
         Args:
             length: number of time steps, at least 1.
             generator: source of randomness, seeded from the policy's seed and the engine's iteration: the same on
-                every rank and after every resume.
+                every rank, after every resume and each time that the windows are laid out.
         """
         ...
+
+
+class Outline(NamedTuple):
+    """What has to be known of the windows of a sequence before the first one is run.
+
+    Attributes:
+        windows: number of windows.
+        overlap: some window starts before the end of an earlier one, so states have to be kept to start it from.
+    """
+
+    windows: int
+    overlap: bool
 
 
 def require_steps(name: str, value: Any) -> None:
@@ -71,62 +87,93 @@ def require_steps(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}: a window has to hold a time step.")
 
 
-def plan_windows(policy: TruncationPolicy, length: int, iteration: int) -> list[Window]:
-    """Return the windows that `policy` lays over `length` steps in the given iteration of the engine.
+@dataclass(frozen=True)
+class Plan:
+    """The windows of one sequence, counted and laid out on demand; see `plan_windows`."""
+
+    policy: TruncationPolicy
+    length: int
+    seed: int
+    outline: Outline
+
+    def __len__(self) -> int:
+        return self.outline.windows
+
+    def __iter__(self) -> Iterator[Window]:
+        """Lay the windows out, and check them on the way.
+
+        Raises:
+            ValueError: the policy leaves out or repeats time steps, or differs from what was counted.
+        """
+        count = 0
+        for overlap, window in _checked_windows(self.policy, self.length, self.seed):
+            count += 1
+            if count > len(self) or overlap > self.outline.overlap:
+                break
+            yield window
+        if count != len(self):
+            raise ValueError(
+                f"{self.policy!r} laid out other windows for a sequence of {self.length} steps than it did, or its "
+                f"outline() said, before: {count} or more in place of {len(self)}, or windows that overlap. It may "
+                "draw from the generator that it is given and from nothing else."
+            )
+
+
+def plan_windows(policy: TruncationPolicy, length: int, iteration: int) -> Plan:
+    """Return the plan that `policy` has for `length` steps in the given iteration of the engine.
 
     Raises:
         ValueError: the windows leave out or repeat time steps: a policy may not drop data silently.
     """
-    seed = int(getattr(policy, "seed", 0))
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + iteration) % 2**63)
-    windows = list(policy.windows(length, generator))
-    _check_cover(policy, windows, length)
-    return windows
+    seed = (int(getattr(policy, "seed", 0)) * 0x9E3779B97F4A7C15 + iteration) % 2**63
+    counted = getattr(policy, "outline", None)
+    if counted is not None:
+        return Plan(policy, length, seed, counted(length))
+    count, overlaps = 0, False
+    for overlap, _ in _checked_windows(policy, length, seed):
+        count += 1
+        overlaps |= overlap
+    return Plan(policy, length, seed, Outline(count, overlaps))
 
 
-def loss_coefficients(window: Window, counts: Sequence[float]) -> list[float]:
-    """Return the factors that make one loss of a window out of the mean losses of its segments.
-
-    A factor is the segment's loss weight times how densely its steps count: `counts` over steps, relative to the
-    window as a whole. Where every step counts alike the factors are the loss weights themselves.
-
-    Args:
-        window: the segments.
-        counts: for each segment, how many steps its loss is a mean over, in any unit; 0 where it has no loss.
-    """
-    if len(window) == 1:
-        return [window[0].loss_weight]
-    steps = [segment.stop - segment.start if segment.loss_weight else 0 for segment in window]
-    if list(counts) == steps:
-        return [segment.loss_weight for segment in window]
-    density = sum(counts) / sum(steps)
-    return [
-        segment.loss_weight * count / (size * density) if size else 0.0
-        for segment, count, size in zip(window, counts, steps, strict=True)
-    ]
-
-
-def _check_cover(policy: TruncationPolicy, windows: Iterable[Window], length: int) -> None:
-    reached, states = 0, {0}
-    for window in windows:
+def _checked_windows(policy: TruncationPolicy, length: int, seed: int) -> Iterator[tuple[bool, Window]]:
+    """Yield the windows of a policy, each with whether it starts before the end of an earlier one."""
+    with_loss = reached = 0
+    ends = deque([0])  # where segments ended, from the start of the last window on
+    for window in policy.windows(length, torch.Generator().manual_seed(seed)):
         if not window:
             raise ValueError(f"{policy!r} laid out a window without segments.")
-        has_state = window[0].start in states
+        first = position = window[0].start
+        overlap = first < reached
+        while ends and ends[0] < first:
+            ends.popleft()
+        has_state = bool(ends) and ends[0] == first
         for start, stop, _, loss_weight in window:
-            states.add(stop)
             if not 0 <= start < stop <= length:
                 raise ValueError(f"{policy!r} laid out the segment [{start}, {stop}) in a sequence of {length} steps.")
             if loss_weight:
-                if start != reached:
+                if start != with_loss:
                     raise ValueError(
-                        f"{policy!r} must cover every time step once with a loss: after step {reached} of {length} "
+                        f"{policy!r} must cover every time step once with a loss: after step {with_loss} of {length} "
                         f"comes the segment [{start}, {stop})."
                     )
+                with_loss = stop
+            if start != position:
+                raise ValueError(
+                    f"{policy!r} laid out a window whose segments do not follow one another: the segment [{start}, "
+                    f"{stop}) comes after step {position}."
+                )
+            position = stop
+            if stop > reached:
                 reached = stop
+                ends.append(stop)
         if not has_state:
             raise ValueError(
-                f"{policy!r} laid out a window that starts at step {window[0].start}, where no earlier segment ended: "
-                "there is no hidden state to start from."
+                f"{policy!r} laid out a window that starts at step {first}, where no earlier segment ended since the "
+                "last window's start: there is no hidden state to start from."
             )
-    if reached != length:
-        raise ValueError(f"{policy!r} covered {reached} of {length} time steps with a loss: the rest would be dropped.")
+        yield overlap, window
+    if with_loss != length:
+        raise ValueError(
+            f"{policy!r} covered {with_loss} of {length} time steps with a loss: the rest would be dropped."
+        )

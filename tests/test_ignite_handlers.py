@@ -98,8 +98,8 @@ def test_lr_scheduler_on_optimizer_steps() -> None:
     trainer = make_trainer(gradient_accumulation_steps=2)
     scheduler = LRScheduler(torch.optim.lr_scheduler.StepLR(trainer.optimizer, step_size=1, gamma=0.5))
     trainer.add_event_handler(Tbptt_Events.OPTIMIZER_STEP_COMPLETED, scheduler)
-    trainer.run(batches(2))  # two steps a batch: the first event sets the first value
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+    trainer.run(batches(2))  # three steps on six windows: the first event sets the first value
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)
 
 
 def test_state_param_scheduler_schedules_tbtt_step() -> None:

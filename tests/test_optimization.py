@@ -1,29 +1,65 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ignite_tbptt import Segment
-from ignite_tbptt.optimization import OptimizerStep, PerSequence, PerWindows, as_accumulation
+from ignite_tbptt.optimization import (
+    MeanLoss,
+    OptimizerStep,
+    PerSequence,
+    PerWindows,
+    SumLoss,
+    as_accumulation,
+    reduction_of,
+)
 
-WINDOWS = [(Segment(0, 4),), (Segment(4, 8),), (Segment(8, 9),)]
+
+def test_a_step_is_taken_for_so_many_windows_and_for_those_left_in_an_epoch() -> None:
+    assert [PerWindows(3).closes(count, True, False) for count in (1, 2, 3)] == [False, False, True]
+    assert PerWindows(3).closes(1, True, True)
+    assert [PerSequence().closes(5, ends, False) for ends in (False, True)] == [False, True]
 
 
-def test_groups_of_windows_end_with_what_is_left() -> None:
-    assert [len(group) for group in PerWindows(2).groups(WINDOWS)] == [2, 1]
-    assert [len(group) for group in PerSequence().groups(WINDOWS)] == [3]
+def test_segments_weigh_as_the_policy_says_where_all_steps_count() -> None:
+    window = (Segment(0, 2, loss_weight=0.0), Segment(2, 6, loss_weight=0.4), Segment(6, 8, loss_weight=0.6))
+    assert PerWindows(1).weights(window, [0, 4, 2]) == pytest.approx([0.0, 0.4, 0.6])
+    assert PerWindows(1).scale(window) == 1.0
 
 
-def test_shares_are_counted_in_windows_or_in_steps() -> None:
-    assert PerWindows(2).expected(WINDOWS[:2]) == 2
-    assert PerWindows(2).share(3) == 1
-    assert PerWindows(2).share(0) == 0
-    assert PerSequence().expected(WINDOWS) == 9
-    assert PerSequence().share(3) == 3
+def test_segments_weigh_by_the_steps_that_count() -> None:
+    window = (Segment(0, 4, loss_weight=0.5), Segment(4, 8, loss_weight=0.5))
+    # The mean over 3 + 1 counting steps, in whatever unit they are counted.
+    for accumulation in (PerWindows(1), PerSequence()):
+        assert accumulation.weights(window, [3, 1]) == pytest.approx([0.75, 0.25])
+        assert accumulation.weights(window, [30, 10]) == pytest.approx([0.75, 0.25])
+        assert accumulation.weights(window, [0, 1]) == pytest.approx([0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "kind"),
+    [
+        (F.mse_loss, MeanLoss),
+        (nn.MSELoss(), MeanLoss),
+        (nn.MSELoss(reduction="sum"), SumLoss),
+        (partial(F.mse_loss, reduction="sum"), SumLoss),
+        (partial(F.mse_loss, reduction="mean"), MeanLoss),
+        (mock.MagicMock(), MeanLoss),
+    ],
+)
+def test_the_reduction_of_a_loss_is_read(loss_fn: Any, kind: type) -> None:
+    assert type(reduction_of(loss_fn)) is kind
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(TypeError, match="optimizer must step without a closure, got LBFGS"):
+        OptimizerStep(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]))
 
 
 @pytest.mark.parametrize("value", [0, -1])

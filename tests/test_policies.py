@@ -125,7 +125,7 @@ def test_sliding_without_overlap_is_fixed_truncation_to_the_bit(accumulate: Any)
 
 def test_sliding_says_that_k2_is_out_of_reach() -> None:
     with pytest.warns(UserWarning, match=r"sequence of 10 steps is too short .* k2=12 steps back are not reachable"):
-        plan_windows(SlidingTruncation(2, 12), 10, 1)
+        list(plan_windows(SlidingTruncation(2, 12), 10, 1))
 
 
 # Random
@@ -133,7 +133,7 @@ def test_sliding_says_that_k2_is_out_of_reach() -> None:
 
 def lengths(policy: TruncationPolicy, steps: int) -> list[int]:
     """Return the lengths of the windows but the last, which ends where the sequence does."""
-    windows = plan_windows(policy, steps, iteration=1)
+    windows = list(plan_windows(policy, steps, iteration=1))
     return [window[-1].stop - window[0].start for window in windows[:-1]]
 
 
@@ -161,7 +161,7 @@ def test_random_lengths_have_the_mean_of_the_papers_distribution(
 def test_a_random_window_weighs_its_length_over_the_mean() -> None:
     """So that with one step a window the steps add up to the sum over the sequence, whatever the cuts."""
     policy, data = RandomTruncation(6, std=2, minimum=2), doubles(50)
-    windows = plan_windows(policy, 50, 1)
+    windows = list(plan_windows(policy, 50, 1))
     assert len({window[0].stop - window[0].start for window in windows}) > 2
     x, y = data
     model = seeded(lambda: Forecaster(nn.LSTM)).double()
@@ -205,7 +205,9 @@ def all_cut_patterns() -> dict[tuple[bool, ...], int]:
     """Return for each of the 16 patterns of cuts an iteration in which the policy makes it."""
     found: dict[tuple[bool, ...], int] = {}
     for iteration in range(1, 5000):
-        found.setdefault(pattern(plan_windows(AnticipatedReweightedTruncation(4, 4, 8), 20, iteration)), iteration)
+        found.setdefault(
+            pattern(list(plan_windows(AnticipatedReweightedTruncation(4, 4, 8), 20, iteration))), iteration
+        )
         if len(found) == 16:
             return found
     raise AssertionError(f"only {len(found)} of 16 patterns of cuts came up")
@@ -245,7 +247,7 @@ def test_cuts_come_with_the_probability_that_the_gradient_is_reweighted_for() ->
     policy, trials = AnticipatedReweightedTruncation(4, alpha=4, mean=8), 4000
     seen: dict[tuple[bool, ...], int] = {}
     for iteration in range(trials):
-        cuts = pattern(plan_windows(policy, 20, iteration))
+        cuts = pattern(list(plan_windows(policy, 20, iteration)))
         seen[cuts] = seen.get(cuts, 0) + 1
     for cuts, count in seen.items():
         chance = probability(cuts, alpha=4, mean=8)

@@ -70,6 +70,8 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_output_transform": lambda: MeanSquaredError()._output_transform.__module__.startswith("ignite."),
     # Python
     "_fields": lambda: True,  # of named tuples; documented
+    "_make": lambda: True,  # of named tuples; documented
+    "_replace": lambda: True,  # of named tuples; documented
     "_getframe": lambda: sys._getframe(0).f_code.co_name == "<lambda>",
     "_pytree": lambda: torch.utils._pytree.tree_flatten((1, [2]))[0] == [1, 2],
 }
