@@ -135,6 +135,7 @@ class TbpttTrainingStep:
         try:
             for number, window in enumerate(plan, 1):
                 if self._run_window(engine, batch, window, number == count):
+                    state.iteration -= number == 1  # the others have not begun this batch
                     return batch.output.result()
                 if stop_requested(engine) and number < count:
                     return batch.output.result()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -106,11 +107,12 @@ class Plan:
             ValueError: the policy leaves out or repeats time steps, or differs from what was counted.
         """
         count = 0
-        for overlap, window in _checked_windows(self.policy, self.length, self.seed):
-            count += 1
-            if count > len(self) or overlap > self.outline.overlap:
+        windows = _checked_windows(self.policy, self.length, self.seed)
+        while block := list(islice(windows, 64)):
+            count += len(block)
+            if count > len(self) or any(overlap for overlap, _ in block) > self.outline.overlap:
                 break
-            yield window
+            yield from [window for _, window in block]
         if count != len(self):
             raise ValueError(
                 f"{self.policy!r} laid out other windows for a sequence of {self.length} steps than it did, or its "

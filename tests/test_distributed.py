@@ -1,4 +1,4 @@
-"""Two gloo ranks under idist.Parallel: DDP, shares of a stream, and ranks that disagree."""
+"""Two gloo ranks under idist.Parallel: DDP, shares of a stream, ranks that disagree, and ranks that stop."""
 
 from __future__ import annotations
 
@@ -9,86 +9,56 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from ignite_tbptt import ContiguousStreams, FullBackpropagation, create_supervised_tbptt_trainer
-from tests.helpers import Forecaster, batches, seeded, sgd
+from ignite_tbptt import ContiguousStreams, FullBackpropagation
+from tests.helpers import Forecaster, seeded
+from tests.two_ranks import PADDED, STOPS, WHOLE, double_batches, padded_stream, stream, train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 
 
-def launch(case: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.two_ranks", case, str(folder)]
-    # ranks that hang do so until gloo gives up after half an hour; a start may take minutes on a busy machine
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what a case gave on a rank; all cases are run in one launch."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.two_ranks", str(folder)]
+    launched = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+    assert launched.returncode == 0, launched.stderr[-5000:]
+    return lambda case: [torch.load(folder / f"{case}_{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def stream(steps: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(steps, 3, generator=generator), torch.randn(steps, 2, generator=generator)
+def assert_close(ours: dict[str, Any], truth: dict[str, Any]) -> None:
+    """The mean over rows is taken in another order: a few ulp at each of 48 steps."""
+    assert "error" not in ours, ours["error"]
+    for name, value in truth.items():
+        assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-13), name
 
 
-def single_process(data: Any, rows: int, **kwargs: Any) -> dict[str, torch.Tensor]:
+def in_one_process(data: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     model = seeded(Forecaster).double()
-    trainer = create_supervised_tbptt_trainer(model, sgd(model), kwargs.pop("loss_fn", F.mse_loss), 4, **kwargs)
-    trainer.run(ContiguousStreams(data, rows=rows, steps=7), max_epochs=2)
+    train(model, data, **kwargs)
     return model.state_dict()
 
 
-def test_two_ranks_with_half_the_rows_are_one_with_all(tmp_path: Path) -> None:
-    result = launch("rows", tmp_path)
-    assert result.returncode == 0, result.stderr
-    expected = single_process(tuple(part.double() for part in stream()), rows=4, stateful=True)
-    for rank in range(2):
-        ours = torch.load(tmp_path / f"rows_{rank}.pt", weights_only=True)
-        for name, value in expected.items():
-            # The mean over rows is taken in another order: a few ulp at each of 48 steps.
-            assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-13)
+@pytest.mark.parametrize("case", WHOLE)
+def test_two_ranks_with_half_the_rows_are_one_with_all(results: Any, case: str) -> None:
+    truth = in_one_process(ContiguousStreams(stream(), rows=4, steps=7), **WHOLE[case])
+    for ours in results(case):
+        assert_close(ours, truth)
 
 
-def test_padding_on_one_rank_alone_is_the_mean_over_all_that_counts(tmp_path: Path) -> None:
-    """Rank 1 has whole windows without a target; in sequence mode both together make the masked mean."""
-    from tests.two_ranks import masked_mse, padded_stream
-
-    result = launch("padding", tmp_path)
-    assert result.returncode == 0, result.stderr
-    expected = single_process(
-        padded_stream(),
-        rows=4,
-        stateful=True,
-        loss_fn=masked_mse,
-        gradient_accumulation_steps="sequence",
-        loss_weight=lambda x, y: (~y.isnan()).sum(),
-    )
-    for rank in range(2):
-        ours = torch.load(tmp_path / f"padding_{rank}.pt", weights_only=True)
-        for name, value in expected.items():
-            assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-13)
+@pytest.mark.parametrize("case", PADDED)
+def test_padding_on_one_rank_alone_is_the_mean_over_all_that_counts(results: Any, case: str) -> None:
+    """Rank 1 has whole windows without a target; both together make the masked mean, whatever shares a step."""
+    truth = in_one_process(ContiguousStreams(padded_stream(), rows=4, steps=7), **PADDED[case])
+    for ours in results(case):
+        assert_close(ours, truth)
 
 
-@pytest.mark.parametrize("case", ["recomputed", "recomputed_unused"])
-def test_segments_are_recomputed_under_ddp(case: str, tmp_path: Path) -> None:
-    """Both ranks have the same batches, so together they are one process without recomputation.
-
-    Looking for unused parameters puts an operation of its own into the graph, which is left to torch.utils.checkpoint.
-    """
-    result = launch(case, tmp_path)
-    assert result.returncode == 0, result.stderr
-    model = seeded(Forecaster).double()
-    trainer = create_supervised_tbptt_trainer(model, sgd(model), F.mse_loss, FullBackpropagation(4))
-    trainer.run([tuple(part.double() for part in batch) for batch in batches(3, steps=10)], max_epochs=2)
-    for rank in range(2):
-        ours = torch.load(tmp_path / f"{case}_{rank}.pt", weights_only=True)
-        for name, value in model.state_dict().items():
-            assert torch.allclose(ours[name], value, rtol=1e-12, atol=1e-13)
-
-
-def test_ranks_agree_on_the_horizon_of_their_different_data(tmp_path: Path) -> None:
-    result = launch("horizon", tmp_path)
-    assert result.returncode == 0, result.stderr
-    first, second = (torch.load(tmp_path / f"horizon_{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert first["tbtt_step"] != 4  # adapted
+def test_segments_are_recomputed_where_ddp_looks_for_unused_parameters(results: Any) -> None:
+    truth = in_one_process(double_batches(), tbtt_step=FullBackpropagation(4))
+    for ours in results("recomputed_unused"):
+        assert_close(ours, truth)
 
 
 @pytest.mark.parametrize(
@@ -96,22 +66,59 @@ def test_ranks_agree_on_the_horizon_of_their_different_data(tmp_path: Path) -> N
     [
         ("windows", "different numbers of time iterations in iteration 1: 3 on rank 0, 2 on rank 1"),
         ("refused", "different numbers of time iterations in iteration 1: -1 on rank 0, 3 on rank 1"),
-        ("batches", "different numbers of batches in an epoch: 3 on rank 0, 2 on rank 1"),
+        ("number_of_batches", "different numbers of batches in an epoch: 3 on rank 0, 2 on rank 1"),
+        ("number_of_batches_not_known", "different numbers of batches: the data ended on rank 1"),
+        ("no_target_on_one_rank", "rank 1 by ValueError: no chunk of the batch had a target"),
+        ("failing_handler", "the run was ended on rank 1 by ZeroDivisionError: division by zero"),
+        ("one_rank_interrupted", "interrupt() was called on rank 1 alone"),
     ],
 )
-def test_ranks_that_disagree_raise_everywhere(case: str, message: str, tmp_path: Path) -> None:
-    result = launch(case, tmp_path)
-    assert result.returncode == 0, result.stderr
-    raised = [(tmp_path / f"{case}_{rank}.txt").read_text() for rank in range(2)]
-    assert message in raised[1]
-    assert message in raised[0] or (case == "refused" and "empty sequence" in raised[0])
+def test_ranks_that_disagree_raise_everywhere(results: Any, case: str, message: str) -> None:
+    first, second = (result.get("error", "") for result in results(case))
+    own = {
+        "refused": "ValueError: batch is an empty sequence",
+        "no_target_on_one_rank": "ValueError: no chunk of the batch had a target",
+        "failing_handler": "ZeroDivisionError: division by zero",
+    }
+    assert message in first or (case == "refused" and own[case] in first)
+    assert message in second or own[case] in second
 
 
-def test_ranks_with_batches_of_different_lengths_measure_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", STOPS)
+def test_one_rank_that_stops_stops_both_where_both_would_stop(results: Any, case: str) -> None:
+    one, other = results(case)
+    assert "error" not in one, one["error"]
+    for name, value in results(f"both_{case}")[0].items():
+        assert torch.equal(one[name], value), name
+        assert torch.equal(other[name], value), name
+
+
+def test_a_nan_on_one_rank_is_stepped_on_by_none(results: Any) -> None:
+    first, second = results("nan_on_one_rank")
+    for name, value in first.items():
+        assert value.isfinite().all()
+        assert torch.equal(value, second[name])
+
+
+def test_a_rank_that_trains_alone_waits_for_nobody(results: Any) -> None:
+    assert_close(results("alone")[0], in_one_process(double_batches(), gradient_accumulation_steps=2))
+
+
+def test_one_small_collective_a_step_and_gradients_averaged_once(results: Any) -> None:
+    """Besides one when the run starts and one when it ends. 24 windows, in batches of three."""
+    for result in results("collectives"):
+        assert result["counts"].tolist() == [[24 + 2, 24, 24], [8 + 2, 8, 8]]
+
+
+def test_ranks_agree_on_the_horizon_of_their_different_data(results: Any) -> None:
+    first, second = results("horizon")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["tbtt_step"] != 4  # adapted
+
+
+def test_ranks_with_batches_of_different_lengths_measure_together(results: Any) -> None:
     """A batch of 10 steps may be measured at its end, one of 9 with a window of 9 has no other place."""
-    result = launch("horizon_lengths", tmp_path)
-    assert result.returncode == 0, result.stderr
-    first, second = (torch.load(tmp_path / f"horizon_lengths_{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = results("horizon_lengths")
     assert torch.equal(first["phi"], second["phi"])
 
 
@@ -122,19 +129,8 @@ def test_ranks_with_batches_of_different_lengths_measure_together(tmp_path: Path
         ("horizon_no_loss", "none of the last 4 of the first 10 steps of the batch has a loss"),
     ],
 )
-def test_a_measurement_that_fails_on_one_rank_fails_on_all(case: str, reason: str, tmp_path: Path) -> None:
-    """A rank that went on would wait for the other's share of the mean until gloo's half hour is over."""
-    result = launch(case, tmp_path)
-    assert result.returncode == 0, result.stderr
-    first, second = ((tmp_path / f"{case}_{rank}.txt").read_text() for rank in range(2))
-    assert second.startswith(reason)
+def test_a_measurement_that_fails_on_one_rank_fails_on_all(results: Any, case: str, reason: str) -> None:
+    """A rank that went on would wait for the other's share of the mean."""
+    first, second = (result["error"] for result in results(case))
+    assert second.startswith(f"ValueError: {reason}")
     assert f"the measurement of the gradient horizon was ended on rank 1 by ValueError: {reason}" in first
-
-
-def test_a_nan_on_one_rank_is_stepped_on_by_none(tmp_path: Path) -> None:
-    result = launch("nan", tmp_path)
-    assert result.returncode == 0, result.stderr
-    first, second = (torch.load(tmp_path / f"nan_{rank}.pt", weights_only=True) for rank in range(2))
-    for name, value in first.items():
-        assert value.isfinite().all()
-        assert torch.equal(value, second[name])

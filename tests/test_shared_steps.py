@@ -211,7 +211,7 @@ def test_a_loss_that_is_a_sum_is_summed(loss_fn: Any, accumulate: Any, truncatio
         # Of the linear layer nothing is truncated: its gradients over all steps add up to that of the whole sum.
         total = [sum(parts) for parts in zip(*steps, strict=True)]
         hidden_free = gradient(SUM(model(x)[0], y), model)
-        assert_close(total[-2:], hidden_free[-2:])  # type: ignore[arg-type]
+        assert_close(total[-2:], hidden_free[-2:])
 
 
 # One target for a sequence
