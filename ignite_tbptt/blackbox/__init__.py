@@ -1,12 +1,12 @@
 """Gradients for operations that autograd cannot see through, by finite differences."""
 
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
+from ignite_tbptt.blackbox.cuts import find_graph_cuts
 from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference, GaussianSmoothing
 from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator, SerialEvaluation, StackedEvaluation
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
-from ignite_tbptt.blackbox.graph_cuts import find_graph_cuts
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
