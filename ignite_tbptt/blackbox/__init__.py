@@ -10,7 +10,7 @@ from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
-from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, RelativeStep, StepSize
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, StepSize
 from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "GraphCut",
     "GraphCutReport",
     "Orthogonal",
+    "PerInputStep",
     "Rademacher",
     "RelativeStep",
     "SerialEvaluation",

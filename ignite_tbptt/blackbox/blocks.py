@@ -97,7 +97,7 @@ class Block:
 
     def steps(self, step_size: StepSize, stencil: Stencil, eps: float) -> Steps:
         """The step of every element, (rows, width); bounds and the like see the tensors in their own shape."""
-        if isinstance(step_size, (AbsoluteStep, RelativeStep)):  # the usual ones look at each element alone
+        if isinstance(step_size, (AbsoluteStep, RelativeStep)) and step_size.is_elementwise:
             return step_size.each(self.x, stencil, eps)
         parts = zip(self.apart(self.x), self.positions, strict=True)
         each = [step_size.each(part, stencil, eps, position) for part, position in parts]
