@@ -50,10 +50,12 @@ def find_graph_cuts(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -
     The model runs once, with gradients enabled and in the train/eval mode it is in. Its parameters, buffers, attributes
     and the random streams of torch, numpy and ``random`` are afterwards as they were; objects that its ``forward``
     changes inside, such as a list it appends to, are not. A model that is wrapped in DistributedDataParallel,
-    DataParallel or ``torch.compile`` is watched inside its wrapper, and named from there.
+    DataParallel or ``torch.compile`` is watched inside its wrapper, and named from there. The backward of an autograd
+    Function of your own runs once, to see which of its inputs it gives a gradient.
 
     What is followed: parameters that require grad and are used in this pass, and inputs that require grad. Where there
-    are neither, the floating-point inputs are followed as if they did.
+    are neither, the floating-point inputs are followed as if they did. What was used and reaches no output is reported,
+    whether or not a call explains it: a branch whose result is dropped, or kept on ``self``, is reported as well.
 
     Args:
         model: a module, or any function of tensors.
