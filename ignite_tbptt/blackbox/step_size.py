@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.stencil import Stencil
 
-__all__ = ["AbsoluteStep", "BoundedStep", "PerInputStep", "RelativeStep", "StepSize", "Steps", "require_positive"]
+__all__ = [
+    "AbsoluteStep",
+    "BoundedStep",
+    "PerInputStep",
+    "RelativeStep",
+    "StepSize",
+    "Steps",
+    "require_positive",
+    "steps_around",
+]
 
 
 class Steps(NamedTuple):
@@ -257,7 +266,7 @@ class BoundedStep:
         # Inner bounds are part of `inside`: what they made of the step would hide the step that is wanted.
         sizes, kept_sides = _unbounded(self.step_size, position).each(x, stencil, eps, position)
         wanted, sign = sizes.abs(), sizes.sign()
-        below, above = self._room(x, position)
+        below, above = _room(self, x, position)
         ahead, behind = torch.where(sign > 0, above, below), torch.where(sign > 0, below, above)
         if not stencil.is_two_sided:
             # a backward formula goes down where its step is positive
@@ -281,7 +290,7 @@ class BoundedStep:
         """See `StepSize.along`."""
         pairs = [(x, position) for x, position in zip(xs, positions, strict=True) if x.numel()]
         wanted = self.step_size.along(xs, stencil, eps, scale, positions)
-        fitting = min((float(side.min()) for pair in pairs for side in self._room(*pair)), default=math.inf)
+        fitting = min((float(side.min()) for pair in pairs for side in _room(self, *pair)), default=math.inf)
         fitting /= scale * stencil.reach
         if fitting >= wanted:
             return wanted
@@ -297,27 +306,6 @@ class BoundedStep:
         x = self.step_size.inside(x, position)
         return x.clamp(self._bound("lower", x, position), self._bound("upper", x, position))
 
-    def _room(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """How far x may move down and up, inner bounds included, less what rounding might add."""
-        lower = self.inside(torch.full_like(x, -math.inf), position)
-        upper = self.inside(torch.full_like(x, math.inf), position)
-        for name, outside in (("lower", lower - x), ("upper", x - upper)):
-            if bool((outside > 0).any()):
-                worst = int(outside.argmax())
-                raise ValueError(
-                    f"{name} excludes x: element {_spelled(worst, x)} of differentiated tensor {position} is "
-                    f"{float(x.reshape(-1)[worst]):.6g}, {float(outside.max()):.3g} outside; clamp x before the call, "
-                    "or widen the bound"
-                )
-        if bool((lower >= upper).any()):
-            raise ValueError(
-                f"lower and upper leave no room to move differentiated tensor {position}: they are equal somewhere; "
-                "pass that input without requires_grad"
-            )
-        # Differences, quotients and multiples of the step round by half an eps each.
-        margin = 1 - 4 * torch.finfo(x.dtype).eps
-        return (x - lower) * margin, (upper - x) * margin
-
     def _bound(self, name: str, x: Tensor, position: int) -> Tensor:
         bound = self.lower if name == "lower" else self.upper
         if isinstance(bound, tuple):
@@ -330,6 +318,60 @@ class BoundedStep:
         if bound is None:
             bound = -math.inf if name == "lower" else math.inf
         return _broadcast(name, bound, x, position)
+
+
+def steps_around(
+    step_size: StepSize, x: Tensor, stencil: Stencil, eps: float, scale: float, position: int = 0
+) -> Tensor:
+    """The step of every element for directions in which all elements move at once, each in units of its own step.
+
+    With ``x + offset * steps * d`` for a direction d the slope belongs to ``steps * gradient``: what it adds to the
+    gradient is ``slope * d / steps``.
+
+    Args:
+        step_size: how far; see `StepSize.each` for x, stencil, eps and position.
+        x: the point.
+        stencil: the formula.
+        eps: relative precision.
+        scale: the largest entry of any direction, up to which all points stay inside the bounds.
+        position: which of the tensors that require grad x is.
+
+    Raises:
+        ValueError: an element is so close to its bound that less than a quarter of its step is left.
+    """
+    wanted = _unbounded(step_size, position).each(x, stencil, eps, position).sizes.abs()
+    below, above = _room(step_size, x, position)
+    fitting = torch.minimum(below, above) / (scale * stencil.reach)
+    if bool((fitting < wanted / 4).any()):
+        worst = int((fitting / wanted).argmin())
+        raise ValueError(
+            f"bounds leave random directions a step of {float(fitting.reshape(-1)[worst]):.3g} for element "
+            f"{_spelled(worst, x)} of differentiated tensor {position}, where {float(wanted.reshape(-1)[worst]):.3g} "
+            "is needed: they move all elements at once, to both sides; use Coordinates(), which turn round"
+        )
+    return torch.minimum(wanted, fitting)
+
+
+def _room(step_size: StepSize, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    """How far x may move down and up within all bounds, less what rounding might add."""
+    lower = step_size.inside(torch.full_like(x, -math.inf), position)
+    upper = step_size.inside(torch.full_like(x, math.inf), position)
+    for name, outside in (("lower", lower - x), ("upper", x - upper)):
+        if bool((outside > 0).any()):
+            worst = int(outside.argmax())
+            raise ValueError(
+                f"{name} excludes x: element {_spelled(worst, x)} of differentiated tensor {position} is "
+                f"{float(x.reshape(-1)[worst]):.6g}, {float(outside.max()):.3g} outside; clamp x before the call, "
+                "or widen the bound"
+            )
+    if bool((lower >= upper).any()):
+        raise ValueError(
+            f"lower and upper leave no room to move differentiated tensor {position}: they are equal somewhere; "
+            "pass that input without requires_grad"
+        )
+    # Differences, quotients and multiples of the step round by half an eps each.
+    margin = 1 - 4 * torch.finfo(x.dtype).eps
+    return (x - lower) * margin, (upper - x) * margin
 
 
 def _unbounded(step_size: StepSize, position: int) -> StepSize:

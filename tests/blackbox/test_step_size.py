@@ -18,7 +18,15 @@ from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.function import blackbox
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
-from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, Steps, StepSize
+from ignite_tbptt.blackbox.step_size import (
+    AbsoluteStep,
+    BoundedStep,
+    PerInputStep,
+    RelativeStep,
+    Steps,
+    StepSize,
+    steps_around,
+)
 from tests.blackbox.helpers import COORDINATE_ESTIMATORS
 
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
@@ -373,3 +381,42 @@ def test_bounds_too_narrow_for_the_precision_say_so() -> None:
     x = torch.tensor([1e8])
     with pytest.raises(ValueError, match="the room between lower and upper gives a step of 1, which is lost"):
         BoundedStep(AbsoluteStep(100.0), x - 8, x + 8).each(x, Stencil((-8, 8)), 1e-7)
+
+
+def test_orthogonal_directions_in_units_of_each_step_are_exact_whatever_the_units() -> None:
+    def f(x: Tensor) -> Tensor:
+        return (x[0] / 300 + (x[1] / 1e5) ** 2) * torch.exp(x[2])
+
+    x = torch.tensor([300.0, 1e5, 0.2], dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    directions = q.T * math.sqrt(3)
+    h = steps_around(RelativeStep(), x, central(), EPS[x.dtype], float(directions.abs().max()))
+    slopes = torch.stack([(f(x + h * d) - f(x - h * d)) / 2 for d in directions])
+    found = (slopes[:, None] * directions / h).mean(0)
+    (true,) = true_gradient(f, x)
+    # relative steps of 4 to 9e-6: truncation and round-off are some 1e-10 of each slope, in units of its own step
+    assert ((found - true) / true).abs().max() < 1e-8
+
+
+@given(
+    lower=st.floats(-100, 100),
+    width=st.floats(0.01, 1e3),
+    share=st.floats(0.2, 0.8),
+    h=st.floats(0.01, 30),
+    scale=st.floats(1, 4),
+    double=st.booleans(),
+)
+def test_steps_around_keep_all_elements_inside(
+    lower: float, width: float, share: float, h: float, scale: float, double: bool
+) -> None:
+    dtype = torch.float64 if double else torch.float32
+    low, high = torch.tensor([lower], dtype=dtype), torch.tensor([lower + width], dtype=dtype)
+    x = low + (high - low) * share
+    box = BoundedStep(BoundedStep(AbsoluteStep(h), upper=high), lower=low)
+    try:
+        steps = steps_around(box, x, central(4), EPS[dtype], scale)
+    except ValueError:
+        assert float(torch.minimum(x - low, high - x)) / scale / 2 < h / 4 * 1.001
+        return
+    for c in (-2, -1, 1, 2):
+        assert low <= x + c * (steps * scale) <= high
