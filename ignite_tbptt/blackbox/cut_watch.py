@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -131,9 +132,12 @@ class ForwardWatch:
             if is_module:
                 # An extension may read a module's own parameters where no call of torch shows it.
                 entered |= self.reach.of(list(module.parameters(recurse=False))).any
-                moved |= {id(parameter): parameter for parameter in module.parameters() if parameter.requires_grad}
+                moved |= {id(p): p for p in module.parameters() if p.requires_grad and not is_lazy(p)}
         name = type(module).__name__ if is_module else getattr(module, "__name__", "function")
         call = CallRecord(path, name, not is_module, entered, torch.is_grad_enabled(), self._current)
+        if is_module:
+            scripted = [part for part in (module, *module.children()) if isinstance(part, torch.jit.ScriptModule)]
+            call.used = self.reach.of([list(part.parameters()) for part in scripted]).any
         call.moved = sum(tensor.numel() for tensor in moved.values())
         if self._current is not None:
             self._current.children.append(call)
@@ -161,7 +165,7 @@ class ForwardWatch:
         if record is None or not (bits.any or origins):
             return
         results = list(nest.tensors(result))
-        if name == "__setitem__":
+        if name in ("__setitem__", "__set__"):
             results = given[:1]
         if name in _QUESTIONS or name.endswith("_like") or (is_property and (name == "grad" or not results)):
             return
@@ -230,6 +234,8 @@ class ForwardWatch:
 
         try:
             for module in model.modules() if isinstance(model, nn.Module) else ():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no hooks; `enter` counts what it may have used
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after))
             yield
@@ -253,10 +259,12 @@ class CallWatch(TorchFunctionMode):
         is_property = name == "__get__"
         if is_property:
             name = func.__self__.__name__  # type: ignore[attr-defined]
-        given = list(nest.tensors((args[1:] if name == "new_tensor" else args, kwargs)))
-        bits = self._watch.reach.of(given)  # before the call, which may detach them in place
+        with torch._C.DisableTorchFunction():  # subclasses need not hear of what is asked here
+            given = list(nest.tensors((args[1:] if name == "new_tensor" else args, kwargs)))
+            bits = self._watch.reach.of(given)  # before the call, which may detach them in place
         result = func(*args, **kwargs)
-        self._watch.saw(name, is_property, given, bits, result)
+        with torch._C.DisableTorchFunction():
+            self._watch.saw(name, is_property, given, bits, result)
         return result
 
 

@@ -148,7 +148,7 @@ def _requiring_grad(tensor: Tensor) -> Tensor:
 
 
 def _run(model: Callable[..., Any], watch: ForwardWatch, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
         # the hooks of the model itself open and close the record of the whole
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         return torch.func.functional_call(model, buffers, inputs, kwargs)

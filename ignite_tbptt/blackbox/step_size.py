@@ -161,7 +161,7 @@ class AbsoluteStep:
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
         if isinstance(self.h, Tensor):
-            sizes = _broadcast("h", self.h, x, position).contiguous()
+            sizes = _broadcast("h", self.h, x, position).clone(memory_format=torch.contiguous_format)
         else:
             sizes = torch.full_like(x, self.h, memory_format=torch.contiguous_format)
         return Steps(_refuse_lost("h", sizes, x))
@@ -431,7 +431,7 @@ def _refuse_zero(sizes: Tensor, x: Tensor, position: int) -> None:
 
 def _refuse_lost(name: str, sizes: Tensor, x: Tensor) -> Tensor:
     """The sizes; a step after which x is the same number would make the slope 0 / 0."""
-    lost = x + sizes == x
+    lost = (x + sizes == x) & x.isfinite()
     if bool(lost.any()):
         value, size = float(x[lost][0]), float(sizes[lost][0].abs())
         raise ValueError(

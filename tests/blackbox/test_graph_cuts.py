@@ -489,6 +489,12 @@ def by_memory(y: Tensor) -> Tensor:
     return torch.tensor(list(values)).view(y.shape)
 
 
+def assigned(y: Tensor) -> Tensor:
+    z = torch.zeros(5, 2)
+    z.data = y
+    return z
+
+
 WITHOUT_A_GRADIENT: dict[str, Callable[[Tensor], Any]] = {
     "topk": lambda y: y.topk(1).indices,
     "topk by name": lambda y: y.topk(1)[1],
@@ -520,6 +526,7 @@ WITHOUT_A_GRADIENT: dict[str, Callable[[Tensor], Any]] = {
     "nothing": lambda y: torch.ones(5, 2),
     "numbers of rows": lambda y: torch.ones(5, 2) * float(y.sum() > 0),
     "a data leaf": lambda y: torch.zeros(5, 2).set_(y.data.untyped_storage()),
+    "an attribute": assigned,
     "a buffer": lambda y: torch.zeros(5, 2).copy_(y.detach()),
     "out": lambda y: torch.add(y.detach(), 1, out=torch.zeros(5, 2)),
     "dlpack": lambda y: torch.from_numpy(np.from_dlpack(y.detach()).copy()),
@@ -560,6 +567,29 @@ def test_a_function_that_returns_none_for_a_parameter_only() -> None:
 
     found, true = found_and_true(nn.Sequential(nn.Linear(3, 3), Scaled()), torch.randn(2, 3))
     assert found == true == {"1.gain"}
+
+
+class Stopping(nn.Module):
+    """Stops gradients, or does not, in code that can be scripted."""
+
+    def __init__(self, stop: bool) -> None:
+        super().__init__()
+        self.inner, self.scale, self.stop = nn.Linear(3, 2), nn.Parameter(torch.ones(2)), stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return (y.detach() if self.stop else y) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+@pytest.mark.parametrize("stop", [True, False])
+def test_scripted_modules_are_seen_from_outside(stop: bool) -> None:
+    script = torch.jit.script(Stopping(stop))
+    x = torch.randn(2, 3)
+    found, true = found_and_true(nn.Sequential(nn.Linear(3, 3), script), x)
+    assert found == true
+    assert (found != set()) == stop
+    assert (find_graph_cuts(script, x) != []) == stop
 
 
 def test_a_branch_of_the_model_that_goes_into_no_output_is_named() -> None:
@@ -717,6 +747,7 @@ ORDINARY: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "straight through": (StraightThrough, (torch.randn(2, 3),)),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), (torch.randn(2, 3),)),
     "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), (torch.randn(2, 3),)),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.LazyLinear(2)), (torch.randn(2, 3),)),
     "bilinear": (lambda: nn.Bilinear(3, 4, 2), (torch.randn(2, 3), torch.randn(2, 4))),
     "embedding bag": (lambda: nn.EmbeddingBag(7, 3), (WORDS,)),
     "instance norm": (lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True), (torch.randn(2, 3, 5),)),
