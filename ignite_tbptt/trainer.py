@@ -133,12 +133,18 @@ def create_supervised_tbptt_trainer(
 
             trainer.run(loader, max_epochs=10)  # batches (x, y) of shape (T, B, 8) and (T, B, 1)
 
-    `engine.state` has, besides Ignite's: `time_iteration` and `optimizer_step` (counters over the run),
-    `time_iterations_per_sequence` (of the batch in hand), `counted_steps` (time steps of the window that had a loss),
-    `hidden` (the state that the next window starts from;
-    handlers may read and replace it), `tbtt_step` (read at every batch, so a parameter scheduler can change it) and
-    `output`: the window's output from BACKWARD_COMPLETED on, the mean loss over the steps of the batch at
-    ITERATION_COMPLETED.
+    `engine.state` has, besides Ignite's:
+
+    - `time_iteration`, `optimizer_step`: counters over the run;
+    - `time_iterations_per_sequence`: windows of the batch in hand;
+    - `window_start`, `window_stop`: the time steps of the window in hand, in its batch;
+    - `hidden`: the state that the next window starts from, which handlers may read and replace;
+    - `tbtt_step`: read at every batch, so a parameter scheduler can change it;
+    - `output`, `counted_steps`: the window's output and the time steps that its loss is a mean over, None and 0 for a
+      window without a loss; at ITERATION_COMPLETED those of the batch, with the mean of outputs that are numbers;
+      at BACKWARD_COMPLETED `output` is the mean over the windows that share the step.
+
+    Metrics and `TerminateOnNan` pass over an output of None.
 
     Args:
         model: called as ``model(x)`` for the first chunk of a sequence and ``model(x, hidden)`` from then on; returns
