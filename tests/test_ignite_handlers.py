@@ -244,3 +244,12 @@ def test_the_progress_bar_refuses_an_engine_without_time() -> None:
         TbpttProgressBar().attach(Engine(lambda engine, batch: None))
     with pytest.raises(TypeError, match="metric_names must be a list of names, got the string 'loss'"):
         TbpttProgressBar().attach(make_trainer(), "loss")
+
+
+def test_the_progress_bar_is_quiet_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    settings: list[dict[str, Any]] = [{}, {"disable": False, "mininterval": 0}]
+    for kwargs in settings:
+        trainer = make_trainer()
+        TbpttProgressBar(**kwargs).attach(trainer)
+        trainer.run(batches(1))
+        assert bool(capsys.readouterr().err) == bool(kwargs)
