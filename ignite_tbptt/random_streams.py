@@ -59,6 +59,14 @@ class RandomStreams:
         legacy = before.numpy_legacy if before is not None and known else _from_numpy()
         return cls(torch.get_rng_state(), cuda, legacy, random.getstate())
 
+    @classmethod
+    def latest(cls) -> RandomStreams:
+        """The present state, taken from the last one that was asked for here where nothing has moved since."""
+        global _LATEST
+        if _LATEST is None or _LATEST.have_moved():
+            _LATEST = cls.now()
+        return _LATEST
+
     def have_moved(self) -> bool:
         """Whether any stream was drawn from, or set, since.
 
@@ -105,6 +113,7 @@ def _numpy_has_moved(before: Any) -> bool:
     return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
 
 
+_LATEST: RandomStreams | None = None
 _Twister = ctypes.c_uint32 * 625
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.blocks import Rows
-from ignite_tbptt.blackbox.directions import Orthogonal
+from ignite_tbptt.blackbox.block import Rows
+from ignite_tbptt.blackbox.moves import Orthogonal
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, GaussianSmoothing
 from ignite_tbptt.blackbox.function import blackbox
 from ignite_tbptt.blackbox.stencil import central

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.estimator import CentralDifference
-from ignite_tbptt.blackbox.evaluation import (
+from ignite_tbptt.blackbox.task import (
     Call,
     EvaluationCount,
     Points,
@@ -53,7 +53,7 @@ def test_stacking_makes_one_call_of_many_in_portions_that_stay_in_cache() -> Non
         return x.detach().sin()
 
     x = torch.randn(10, 64, requires_grad=True)
-    wrapped = blackbox(f, in_dims=0, evaluator=StackedEvaluation())
+    wrapped = blackbox(f, in_dims=0, executor=StackedEvaluation())
     wrapped(x).sum().backward()
     # forward, the probe of the rows, the probe of the stack, and 128 points at 2.5 kB
     assert sizes == [10, 10, 20, 1280]
@@ -77,7 +77,7 @@ def test_a_function_that_draws_random_numbers_is_not_stacked() -> None:
         return torch.nn.functional.dropout(x, 0.5).detach()
 
     x = torch.ones(8, 3, requires_grad=True)
-    y = blackbox(f, in_dims=0, evaluator=StackedEvaluation())(x)
+    y = blackbox(f, in_dims=0, executor=StackedEvaluation())(x)
     y.sum().backward()
     assert set(sizes) == {8}
     assert torch.allclose(x.grad, y, atol=1e-5)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 
 from ignite_tbptt import blackbox as package
 
-MODULES = ["directions", "estimator", "function", "step_size", "stencil", "sweep"]
+MODULES = ["estimator", "function", "module", "moves", "step_size", "stencil", "sweep"]
 EXPORTED = [
     "SPSA",
     "AbsoluteStep",

@@ -241,7 +241,7 @@ class TestStacked:
             return forward(x, h)  # type: ignore[no-any-return]
 
         cut.forward = counted
-        options: dict[str, Any] = {"in_dims": 0, "evaluator": StackedEvaluation()}
+        options: dict[str, Any] = {"in_dims": 0, "executor": StackedEvaluation()}
         if wrapped:
             module: Any = Blackbox(cut, **options)
             count = module.count
@@ -271,7 +271,7 @@ class TestStacked:
                 model, torch.optim.SGD(model.parameters(), lr=0.1), F.mse_loss, model_transform=lambda output: output[0]
             )
             if model is cut:
-                handler = FiniteDifferenceGradients(cut, modules, in_dims=0, evaluator=StackedEvaluation())
+                handler = FiniteDifferenceGradients(cut, modules, in_dims=0, executor=StackedEvaluation())
                 handler.attach(trainer)
             trainer.run([(x, x.cumsum(0).tanh())] * 2)
         assert_learned_alike(cut, smooth.state_dict())
@@ -282,6 +282,6 @@ class TestStacked:
         trainer = trainer_of(cut)
         with (
             pytest.raises(ValueError, match=r"StackedEvaluation needs to know .* in_dims"),
-            FiniteDifferenceGradients(cut, "1", evaluator=StackedEvaluation()).attach(trainer),
+            FiniteDifferenceGradients(cut, "1", executor=StackedEvaluation()).attach(trainer),
         ):
             trainer.run(batches())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ignite_tbptt.blackbox import Blackbox, bind, find_graph_cuts, unbind
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.evaluation import EvaluationCount
+from ignite_tbptt.blackbox.task import EvaluationCount
 from tests.blackbox.cut_models import Cell, Nested, Through, assert_near, gradients, twins
 
 LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {

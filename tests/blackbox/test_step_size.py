@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ignite_tbptt.blackbox.blocks import Block
-from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, Rademacher
+from ignite_tbptt.blackbox.block import Block
+from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Rademacher
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.function import blackbox
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
