@@ -12,10 +12,10 @@ of the single characters and zlib. It prints a table and a sample of text, and d
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 import zlib
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data import topics
@@ -36,6 +36,8 @@ from ignite_tbptt import (
     create_supervised_tbptt_evaluator,
     create_supervised_tbptt_trainer,
 )
+
+from options import parser_of
 
 ROWS = 32
 TBTT_STEP = 64
@@ -155,15 +157,16 @@ def draw(history: History, corpus: Corpus, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a character model on Python's documentation.")
+    parser = parser_of("Train a character model on Python's documentation.", "matplotlib", "tqdm")
     parser.add_argument("--cell", choices=["lstm", "gru"], default="lstm")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate of the one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output"))
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.epochs, arguments.hidden_size = 1, 16
 
     began = time.perf_counter()
     torch.manual_seed(arguments.seed)
@@ -206,7 +209,6 @@ def main() -> None:
         seconds = time.perf_counter() - began
         print(f"epoch {trainer.state.epoch}: {bits:.3f} bits per held-out character, {seconds:.0f} s", flush=True)
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     to_save = {
         "trainer": trainer,
         "model": model,
@@ -236,7 +238,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def report(model: nn.Module, corpus: Corpus, history: History, arguments: argparse.Namespace, seconds: float) -> None:
+def report(model: nn.Module, corpus: Corpus, history: History, arguments: Namespace, seconds: float) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = [
         ("order-0 entropy of the characters", corpus.order_0_bits()),

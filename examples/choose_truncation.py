@@ -33,7 +33,6 @@ Control Gradient Bias, UAI 2019, arXiv:1905.07473, section 5.1.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
@@ -53,6 +52,8 @@ from ignite_tbptt import (
     Tbptt_Events,
     create_supervised_tbptt_trainer,
 )
+
+from options import parser_of
 
 SYMBOLS, MEMORY, ROWS = 6, (5, 10), 64
 BATCH = 2400  # steps between measurements; a multiple of many lengths, and long beside the others' last chunk
@@ -205,20 +206,19 @@ def compare(title: str, table: dict[int, list[float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Adaptive against fixed truncation on the copy task.")
+    parser = parser_of("Adaptive against fixed truncation on the copy task.", "matplotlib")
     parser.add_argument("--steps", type=int, default=36_000, help="time steps of each of the 64 rows")
     parser.add_argument("--window", type=int, default=80, help="time steps over which the decay is measured")
     parser.add_argument("--tolerance", type=float, default=0.5, help="relative bias that is allowed for")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("output"))
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
+    given.steps = 2 * BATCH if given.quick else given.steps
     ways = (ADAPTIVE, *FIXED)
     print(f"copy task, {given.steps} steps of {ROWS} rows; perplexity of the copied symbols, {SYMBOLS} is guessing")
     print(f"{'seed':8}" + "".join(f"{name_of(length):>14}" for length in ways) + f"{'seconds':>10}")
     table: dict[int, list[Run]] = {length: [] for length in ways}
     for seed in given.seeds:
-        start, folder = time.perf_counter(), given.folder if seed == given.seeds[0] else None
+        start, folder = time.perf_counter(), given.output if seed == given.seeds[0] else None
         experiment = Experiment(given.steps, given.window, given.tolerance, seed, folder)
         print(f"{seed:<8}", end="", flush=True)
         for length, runs in table.items():
@@ -232,7 +232,7 @@ def main() -> None:
     if len(given.seeds) > 1:
         compare("at the end", {length: [run.last for run in runs] for length, runs in table.items()})
         compare("mean of the last three", {length: [run.late for run in runs] for length, runs in table.items()})
-    print(f"drawn: {given.folder}/choose_truncation_{{before,after,runs}}.png")
+    print(f"drawn: {', '.join(map(str, sorted(given.output.glob('choose_truncation_*.png'))))}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Source: Tallec and Ollivier, Unbiasing Truncated Backpropagation Through Time, 2
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -30,6 +29,8 @@ from ignite_tbptt import (
     TruncationPolicy,
     create_supervised_tbptt_trainer,
 )
+
+from options import parser_of
 
 UNITS, UP, BEST, DIVERGED = 23, 10, -1 / 6, 1e6
 FLOAT = torch.float64
@@ -112,16 +113,15 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     left.set(xlabel="time steps", ylabel="theta", ylim=(-0.5, 2.5), title="the parameter; dotted: its best value, -1/6")
     right.set(xlabel="time steps", ylabel="loss", yscale="log", ylim=(1e-30, 1e6), title="the loss")
     left.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Influence balancing: which truncation learns it.")
+    parser = parser_of("Influence balancing: which truncation learns it.", "matplotlib")
     parser.add_argument("--steps", type=int, default=30_000, help="time steps to train for")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random cuts")
-    parser.add_argument("--picture", type=Path, default=Path("output/truncation_bias.png"))
     given = parser.parse_args()
+    given.steps = 2000 if given.quick else given.steps
     reweighted = AnticipatedReweightedTruncation(steps=1, alpha=6, mean=16, seed=given.seed)
     # A window weighs its length over the mean, so that the rate for the sum of its losses is rate / mean.
     candidates: dict[str, tuple[TruncationPolicy, float]] = {
@@ -141,8 +141,9 @@ def main() -> None:
             f"{name:20}{curve.theta[-1]:>12.4g}{curve.loss[-1]:>12.1e}{curve.steps[-1]:>12}{seconds:>9.1f}{verdict}",
             flush=True,
         )
-    draw(curves, given.picture)
-    print(f"drawn: {given.picture}")
+    picture = given.output / "truncation_bias.png"
+    draw(curves, picture)
+    print(f"drawn: {picture}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,21 @@ def product() -> torch.Tensor:
     return torch.ones(2, requires_grad=True) * 2
 
 
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return cotangents[0] * 2
+
+
+def double() -> torch.Tensor:
+    y: torch.Tensor = Double.apply(torch.ones(2, requires_grad=True))  # type: ignore[no-untyped-call]
+    return y
+
+
 def compiled() -> Any:
     return torch.compile(nn.Linear(1, 1), backend="eager")
 
@@ -47,8 +62,10 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_backward_pre_hooks": lambda: nn.ReLU()._backward_pre_hooks == {},
     "_buffers": lambda: list(nn.BatchNorm1d(2)._buffers) == ["running_mean", "running_var", "num_batches_tracked"],
     "_compiled_call_impl": lambda: nn.Linear(1, 1)._compiled_call_impl is None,
+    "_forward_cls": lambda: double().grad_fn._forward_cls is Double,  # type: ignore[union-attr]
     "_forward_hooks": lambda: nn.ReLU()._forward_hooks == {},
     "_forward_pre_hooks": lambda: nn.ReLU()._forward_pre_hooks == {},
+    "_input_metadata": lambda: [list(each.shape) for each in double().grad_fn._input_metadata] == [[2]],  # type: ignore[union-attr]
     "_is_replica": lambda: not hasattr(nn.Linear(1, 1), "_is_replica"),  # set by DataParallel on its copies
     "_is_view": lambda: torch.ones(2)[0]._is_view() is True,
     "_modules": lambda: list(nn.Sequential(nn.ReLU())._modules) == ["0"],

@@ -1,15 +1,15 @@
 """Gradients for operations that autograd cannot see through, by finite differences."""
 
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
-from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
+from ignite_tbptt.blackbox.cuts import find_graph_cuts
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference, GaussianSmoothing
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
-from ignite_tbptt.blackbox.graph_cuts import find_graph_cuts
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
+from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
-from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, RelativeStep, StepSize
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, StepSize
 from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor, Result, SerialEvaluation, StackedEvaluation, Task
 
@@ -38,6 +38,7 @@ __all__ = [
     "GraphCut",
     "GraphCutReport",
     "Orthogonal",
+    "PerInputStep",
     "Rademacher",
     "RelativeStep",
     "Result",

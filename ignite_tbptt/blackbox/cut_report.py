@@ -1,9 +1,9 @@
 """What a cut in the autograd graph looks like to the person who has to mend it.
 
-A `GraphCut` joins three answers: what lost its gradient (a module and the parameters upstream of it), how (the output
-has no ``grad_fn``, or a parameter cannot be reached from it, or only through a function with derivative zero) and where
-(the calls that left the graph, with file, line and source text). The facts are gathered by `graph_cuts`, which is the
-only maker of these objects; this module names, orders and prints them.
+A `GraphCut` joins four answers: what lost its gradient (a module and the parameters upstream of it), how (the output
+has no ``grad_fn``, or a parameter cannot be reached from it, or only through a function with derivative zero), where
+(the calls that left the graph, with file, line and source text) and what finite differences would cost. The facts are
+gathered by `cuts`, which is the only maker of these objects; this module names, orders and prints them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ class CutKind(Enum):
     UNREACHABLE = "its output has a grad_fn, but no path leads from it to what is lost"
     ZERO_GRADIENT = "every path to what is lost has derivative zero or none"
 
+
+_UNSEEN = {
+    CutKind.NO_GRAD_FN: "cut by a call that torch's Python interface does not show",
+    CutKind.UNREACHABLE: "no call shows why: what was computed goes into no output, or went on by a way that torch's "
+    "Python interface does not show (nn.Parameter(tensor), an extension, an autograd Function that returns None)",
+    CutKind.ZERO_GRADIENT: "no call shows why",
+}
 
 # Display text and remedy of the calls that people meet; the rest are named as torch names them.
 _BLACKBOX = "take finite differences: {blackbox}"
@@ -53,6 +60,7 @@ _KNOWN_CALLS = {
     "as_tensor": ("torch.as_tensor(...)", _STACK),
     "new_tensor": (".new_tensor(...)", _STACK),
     "no_grad": ("gradients being switched off", _GRAD_MODE),
+    "grad": ("torch.autograd.grad(...)", "pass create_graph=True"),
 }
 
 
@@ -66,6 +74,7 @@ class CutCall:
         line: line number in it, from 1.
         zero_gradient: the call keeps a ``grad_fn`` whose derivative is zero (or that has no derivative).
         integral: the call gives indices, masks or integers.
+        leaves_torch: the value went on to Python or another library before its module returned.
     """
 
     name: str
@@ -73,6 +82,7 @@ class CutCall:
     line: int
     zero_gradient: bool = False
     integral: bool = False
+    leaves_torch: bool = False
 
     @property
     def label(self) -> str:
@@ -110,6 +120,10 @@ class GraphCut:
         calls: the calls that cut, most telling first; empty where no call through torch's Python interface was seen
             (compiled extensions, an autograd Function without a gradient).
         is_function: what was watched is a function, not a module.
+        stopped: those among ``lost`` that never left torch here: ``detach()`` or ``no_grad()`` stopped their gradient,
+            which may be meant (a target network). Finite differences on the module would undo it.
+        moved: how many numbers finite differences on this module would move in one call: its parameters and inputs.
+        leaving: how many numbers leave torch in it in one call; 0 where that was not seen.
     """
 
     module: str
@@ -119,6 +133,27 @@ class GraphCut:
     partial: tuple[str, ...]
     calls: tuple[CutCall, ...]
     is_function: bool = False
+    stopped: tuple[str, ...] = ()
+    moved: int = 0
+    leaving: int = 0
+
+    @property
+    def leaves_torch(self) -> bool:
+        """Whether values leave torch here, by a call that was seen or, where nothing comes out, by one that was not."""
+        unseen = self.kind is CutKind.NO_GRAD_FN and not self.calls
+        return self.kind is not CutKind.ZERO_GRADIENT and (unseen or any(call.leaves_torch for call in self.calls))
+
+    @property
+    def cost(self) -> str:
+        """What the two remedies cost in evaluations, where both can be told; else empty."""
+        if not (self.leaving and self.leaves_torch) or self.is_function:
+            return ""
+        less = "the lines cost less" if self.leaving < self.moved else "the module costs less"
+        return (
+            f"{2 * self.moved} evaluations a call by central differences on the module ({self.moved} parameters and "
+            f"inputs), {2 * self.leaving} by @blackbox on the lines that leave torch (values: {self.leaving}); "
+            f"{less}"
+        )
 
     @property
     def remedy(self) -> str:
@@ -132,7 +167,10 @@ class GraphCut:
                 f"FiniteDifferenceGradients(model, modules=[{chosen}]).attach(trainer), or blackbox(fn) around these "
                 "lines, both from ignite_tbptt.blackbox"
             )
-        return self.calls[0].remedy(blackbox) if self.calls else _BLACKBOX.format(blackbox=blackbox)
+        if self.calls:
+            return self.calls[0].remedy(blackbox)
+        dropped = "" if self.kind is CutKind.NO_GRAD_FN else "let the output depend on it; where it does, "
+        return dropped + _BLACKBOX.format(blackbox=blackbox)
 
     def __str__(self) -> str:
         where = "the function" if self.is_function else f"module '{self.module}'" if self.module else "the model itself"
@@ -141,13 +179,17 @@ class GraphCut:
             lines.append(f"    gradient lost for: {_shortened(self.lost)}")
         if self.partial:
             lines.append(f"    of these, reached by another path (gradient incomplete): {_shortened(self.partial)}")
+        if self.stopped:
+            lines.append(f"    of these, stopped without leaving torch, on purpose perhaps: {_shortened(self.stopped)}")
         for call in self.calls:
             lines.append(f"    cut at {call.file}:{call.line} by {call.label}")
             if call.source:
                 lines.append(f"        {call.source}")
         if not self.calls:
-            lines.append("    cut by a call that torch's Python interface does not show")
+            lines.append(f"    {_UNSEEN[self.kind]}")
         lines.append(f"    remedy: {self.remedy}")
+        if self.cost:
+            lines.append(f"    cost: {self.cost}")
         return "\n".join(lines)
 
 
@@ -165,6 +207,18 @@ class GraphCutReport(list[GraphCut]):
     def modules(self) -> list[str]:
         """Paths of the modules in which the graph is cut, innermost first, each once."""
         return list(dict.fromkeys(cut.module for cut in self))
+
+    @property
+    def to_bind(self) -> list[str]:
+        """Paths of the modules that finite differences mend: values leave torch in them, and nothing is undone.
+
+        A module in which a gradient was stopped without leaving torch is not among them, nor one around it.
+        """
+        stopped = [cut.module for cut in self if cut.stopped]
+        found = dict.fromkeys(cut.module for cut in self if cut.leaves_torch)
+        return [
+            path for path in found if not any(path in ("", other) or other.startswith(path + ".") for other in stopped)
+        ]
 
 
 def _shortened(names: tuple[str, ...], limit: int = 8) -> str:

@@ -7,20 +7,16 @@ axes under which it was found. It is verified at the first gradient and again at
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import warnings
 import weakref
 from typing import Any
 
 import torch
 
 from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
+from ignite_tbptt.warn import warn
 
-__all__ = ["Facts", "warn_at_user"]
+__all__ = ["Facts"]
 
-_HERE = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__), threading.__file__)
 _NAMED: dict[int, dict[int, weakref.ref[Facts]]] = {}
 
 
@@ -85,19 +81,12 @@ class Facts:
         new = [kind for kind in kinds if kind not in self.told]
         if new:
             self.told.update(new)
-            warn_at_user(
+            warn(
                 f"{label} returned {', '.join(new)}, which passes through without a gradient; return the numbers in it "
-                "as a tensor or an array where they are to be differentiated"
+                "as a tensor or an array where they are to be differentiated",
+                UntrustedGradientWarning,
             )
 
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def warn_at_user(message: str) -> None:
-    """Warn of a gradient that is not to be trusted, at the line of whoever called torch or this package."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UntrustedGradientWarning, stacklevel=level - 1)

@@ -21,7 +21,17 @@ from ignite_tbptt import nest
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.module_state import ModuleState
 
-__all__ = ["Captured", "FlatCall", "Outputs", "call_forward", "call_module", "check_same_kind", "copied", "name_of", "same_kind"]
+__all__ = [
+    "Captured",
+    "FlatCall",
+    "Outputs",
+    "call_forward",
+    "call_module",
+    "check_same_kind",
+    "copied",
+    "name_of",
+    "same_kind",
+]
 
 _PASSED = (type(None), bool, int, float, complex, str, bytes, type)
 

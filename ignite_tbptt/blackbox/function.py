@@ -13,16 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
-from torch import nn
 
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
+from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import Estimator
-from ignite_tbptt.blackbox.facts import Facts, warn_at_user
+from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, name_of
 from ignite_tbptt.blackbox.node import called
 from ignite_tbptt.blackbox.options import Options, make_options
 from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
+from ignite_tbptt.warn import warn
 
 __all__ = ["BlackboxFunction", "blackbox"]
 
@@ -72,9 +73,10 @@ class BlackboxFunction(Generic[P, R]):
         new = [name for name in closed if name not in self._facts.told]
         if new and torch.is_grad_enabled():
             self._facts.told.update(new)
-            warn_at_user(
+            warn(
                 f"{self._label} was given {', '.join(new)}, which requires grad and receives none: an object of that "
-                "kind cannot be taken apart; pass the tensor itself, or in a dataclass, a mapping or a list"
+                "kind cannot be taken apart; pass the tensor itself, or in a dataclass, a mapping or a list",
+                UntrustedGradientWarning,
             )
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
@@ -102,7 +104,7 @@ def blackbox(
     estimator: Estimator | None = None,
     executor: Executor | None = None,
     in_dims: Any = None,
-    out_dims: int | None | Sequence[int | None] = 0,
+    out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
@@ -118,7 +120,7 @@ def blackbox(
     estimator: Estimator | None = None,
     executor: Executor | None = None,
     in_dims: Any = None,
-    out_dims: int | None | Sequence[int | None] = 0,
+    out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
@@ -133,7 +135,7 @@ def blackbox(
     estimator: Estimator | None = None,
     executor: Executor | None = None,
     in_dims: Any = None,
-    out_dims: int | None | Sequence[int | None] = 0,
+    out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
     dtype: torch.dtype | None = None,
     repeatable: bool = True,

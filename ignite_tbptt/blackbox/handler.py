@@ -1,7 +1,7 @@
 """The Ignite handler that swaps finite-difference gradients into an unchanged model while an engine runs.
 
 The idea: a run opens with bindings on the chosen modules (`module.bind`) and closes without them. Where no module is
-chosen, the first forward that builds a graph is watched with `graph_cuts.find_graph_cuts`, and the innermost modules
+chosen, the first forward that builds a graph is watched with `cuts.find_graph_cuts`, and the innermost modules
 that cut it are bound before that same forward goes on. Pairs with any engine: Ignite's supervised trainer, a TBPTT
 trainer, a process function of one's own.
 """
@@ -19,12 +19,12 @@ from ignite.utils import setup_logger
 from torch import nn
 
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
-from ignite_tbptt.blackbox.cut_report import CutKind, GraphCutReport
+from ignite_tbptt.blackbox.cut_report import GraphCutReport
+from ignite_tbptt.blackbox.cuts import find_graph_cuts, is_compiled, unwrapped
 from ignite_tbptt.blackbox.estimator import Estimator
-from ignite_tbptt.blackbox.task import EvaluationCount, Executor
-from ignite_tbptt.blackbox.graph_cuts import find_graph_cuts, is_compiled, unwrapped
 from ignite_tbptt.blackbox.module import bind, bindings_of
 from ignite_tbptt.blackbox.options import make_options
+from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 
 __all__ = ["FiniteDifferenceGradients", "ModuleChoice"]
 
@@ -46,9 +46,9 @@ class FiniteDifferenceGradients:
     ``with``, or until `detach`.
 
     With ``modules=None`` the first forward of the model with gradients enabled is preceded by one that is watched (see
-    `find_graph_cuts`): the modules in which the graph is cut are bound, and a log line says which. Modules that only
-    round or take signs keep their zero gradient, and are named in the log: a difference over a jump means nothing
-    before someone has chosen its step.
+    `find_graph_cuts`): the modules in which values leave torch are bound, and a log line says which. A ``detach()`` or
+    ``no_grad()`` that stays in torch is left as it is, since it may be meant. So are modules that only round or take
+    signs: a difference over a jump means nothing before someone has chosen its step. The log names both.
 
     Args:
         model: the model, bare or wrapped in DistributedDataParallel, DataParallel or ``torch.compile``.
@@ -80,7 +80,7 @@ class FiniteDifferenceGradients:
         estimator: Estimator | None = None,
         executor: Executor | None = None,
         in_dims: Any = None,
-        out_dims: int | None | Sequence[int | None] = 0,
+        out_dims: int | Sequence[int | None] | None = 0,
         repeatable: bool = True,
         evaluator: Executor | None = None,
     ) -> None:
@@ -194,8 +194,7 @@ class FiniteDifferenceGradients:
 
     def _discover(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.report = find_graph_cuts(self._model, *args, **kwargs)
-        paths = dict.fromkeys(cut.module for cut in self.report if cut.kind is not CutKind.ZERO_GRADIENT)
-        self._chosen = _outermost(paths)
+        self._chosen = _outermost(self.report.to_bind)
         self._remove()
         self._bind(self._chosen)
         if not self.report:
@@ -204,7 +203,8 @@ class FiniteDifferenceGradients:
         bound = ", ".join(
             f"{self._told(path)} ({_size(self._model.get_submodule(path))} parameter values)" for path in self._chosen
         )
-        self.logger.info("finite differences for %s\n%s", bound or "no module", self.report)
+        told = self.logger.info if bound else self.logger.warning
+        told("finite differences for %s\n%s", bound or "no module", self.report)
 
 
 class _FirstForward:

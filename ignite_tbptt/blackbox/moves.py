@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block
 from ignite_tbptt.blackbox.stencil import Stencil
-from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, steps_around
 
 __all__ = [
     "CoordinateMoves",
@@ -295,31 +295,24 @@ class _Random(ABC):
             yield RandomMoves(block, stencil, drawn, range(start, min(start + some, total)), sizes, total)
 
     def _sizes(
-        self, block: Block, stencil: Stencil, step_size: StepSize, eps: float, total: int, drawn: Callable[[int], Tensor]
+        self,
+        block: Block,
+        stencil: Stencil,
+        step_size: StepSize,
+        eps: float,
+        total: int,
+        drawn: Callable[[int], Tensor],
     ) -> Tensor:
         """The step of every element; where there are bounds, short enough for the longest of all directions."""
-        sizes = block.steps(step_size, stencil, eps).sizes.abs()
-        if isinstance(step_size, (AbsoluteStep, RelativeStep)):
-            return sizes
-        reach = stencil.reach * max(float(drawn(number).abs().max()) for number in range(total))
-        for layout, x, position in zip(block.layouts, block.apart(block.x), block.positions, strict=True):
-            part = reach * block.apart(sizes)[list(block.positions).index(position)]
-            if torch.equal(step_size.inside(x + part, position), x + part):
-                if torch.equal(step_size.inside(x - part, position), x - part):
-                    continue
-            far = torch.full_like(x, torch.finfo(x.dtype).max / 4)
-            up, down = step_size.inside(x + far, position) - x, x - step_size.inside(x - far, position)
-            room = torch.minimum(up, down) / reach
-            if bool((room < part / reach * 0.25).any()):
-                raise ValueError(
-                    f"bounds leave random directions a step of {float(room.min()):.3g} where "
-                    f"{float((part / reach).max()):.3g} is needed: they move all elements at once, to both sides, and "
-                    "one of them is at its bound; use Coordinates(), which turn round"
-                )
-            fitting = torch.minimum(part / reach, torch.exp2(torch.floor(torch.log2(room))))
-            before = sum(one.width for one in block.layouts[: block.layouts.index(layout)])
-            sizes[:, before : before + layout.width] = layout.split(fitting)
-        return sizes
+        scale = 1.0
+        if not isinstance(step_size, (AbsoluteStep, RelativeStep)):
+            scale = max(float(drawn(number).abs().max()) for number in range(total))
+        return block.together(
+            [
+                steps_around(step_size, x, stencil, eps, scale, position)
+                for x, position in zip(block.apart(block.x), block.positions, strict=True)
+            ]
+        )
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

@@ -22,7 +22,7 @@ class Options:
     estimator: Estimator
     executor: Executor
     in_dims: Any
-    out_dims: int | None | Sequence[int | None]
+    out_dims: int | Sequence[int | None] | None
     dtype: torch.dtype | None
     numpy: bool
     repeatable: bool
@@ -42,7 +42,7 @@ def make_options(
     estimator: Estimator | None,
     executor: Executor | None,
     in_dims: Any,
-    out_dims: int | None | Sequence[int | None],
+    out_dims: int | Sequence[int | None] | None,
     dtype: torch.dtype | None,
     numpy: bool,
     repeatable: bool,
@@ -61,8 +61,7 @@ def make_options(
         raise TypeError(f"dtype must be a torch dtype of floating point, got {dtype!r}: differences need small steps")
     if estimator is not None and (isinstance(estimator, type) or not hasattr(estimator, "plan")):
         raise TypeError(
-            f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say "
-            "CentralDifference()"
+            f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
         )
     if executor is not None and (isinstance(executor, type) or not callable(executor)):
         if executor is not map:

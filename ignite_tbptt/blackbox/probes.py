@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.facts import warn_at_user
+from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.flat import Outputs
 from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
 from ignite_tbptt.blackbox.record import Record
+from ignite_tbptt.warn import warn
 
 __all__ = ["doubt_if_zero", "verify"]
 
@@ -98,7 +98,7 @@ def _rows(point: Point) -> None:
 
 
 def _with_rows_moved(point: Point, what: str, which: slice) -> list[Tensor]:
-    """x with other values in some rows, inside the bounds: those of other rows, moved a little."""
+    """X with other values in some rows, inside the bounds: those of other rows, moved a little."""
     moved = [x.clone() for x in point.x]
     step_size = point.record.options.estimator.step_size
     position = -1
@@ -163,11 +163,12 @@ def doubt_if_zero(
         return
     h, quantum = found
     told.update(("zero", k, search) for search in range(_SEARCHES))
-    warn_at_user(
+    warn(
         f"the gradient of {point.flat.label} with respect to {name} is zero: no step that was taken changed the "
         f"outputs. They do change, by {quantum:.3g} at least, when all elements move by {h:.3g}: if they come in "
         f"quanta, choose a step of several of these, AbsoluteStep({4 * h:.2g}) say, or GaussianSmoothing(n, "
-        f"sigma={h:.2g})"
+        f"sigma={h:.2g})",
+        UntrustedGradientWarning,
     )
 
 

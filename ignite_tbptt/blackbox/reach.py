@@ -1,7 +1,7 @@
 """Which leaves of the autograd graph a tensor depends on, and on which of those a gradient would survive.
 
 Every source (a parameter, an input) has a bit; the bits of a node are those of its parents, so that one visit to every
-node answers all questions about a forward pass. `graph_cuts` asks them at each module and at each call it watches.
+node answers all questions about a forward pass. `cuts` asks them at each module and at each call it watches.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ignite_tbptt import nest
 
@@ -85,9 +87,9 @@ class Reach:
     def _joined(self, node: Any, parents: list[Any]) -> Bits:
         variable = getattr(node, "variable", None)
         through_any = live = self._leaf_bit.get(id(variable), 0) if variable is not None else 0
-        for parent in parents:
+        for parent, passes in zip(parents, _passes(node, len(parents)), strict=True):
             through_any |= self._known[parent].any
-            live |= self._known[parent].live
+            live |= self._known[parent].live if passes else 0
         return Bits(through_any, 0 if is_dead_node(node) else live)
 
 
@@ -102,3 +104,25 @@ def is_dead_node(node: Any) -> bool:
 @functools.cache
 def _is_dead_name(name: str) -> bool:
     return any(name == dead or name.startswith(dead + "Backward") for dead in _DEAD_NODES)
+
+
+def _passes(node: Any, parents: int) -> list[bool]:
+    """To which of its parents an autograd Function of the user's own gives a gradient: it is asked, with ones.
+
+    Those of torch and of this package give one to all: asking a checkpoint or a blackbox would cost what they cost. A
+    backward that raises tells whoever trains, so that nothing is lost in silence.
+    """
+    to_all = [True] * parents
+    if not isinstance(node, BackwardCFunction) or not hasattr(node, "_input_metadata"):
+        return to_all
+    if node._forward_cls.__module__.split(".")[0] in ("torch", "ignite_tbptt"):  # type: ignore[attr-defined]
+        return to_all
+    cotangents = [torch.ones(each.shape, dtype=each.dtype, device=each.device) for each in node._input_metadata]
+    try:
+        with torch.no_grad():
+            given = node.apply(*cotangents)
+    except Exception:
+        return to_all
+    given = given if isinstance(given, tuple) else (given,)
+    passes = [gradient is not None for gradient, needed in zip(given, node.needs_input_grad, strict=False) if needed]
+    return passes if len(passes) == parents else to_all

@@ -1,8 +1,8 @@
 """Difference formulas: at which offsets a function is evaluated, and with which weights a derivative comes of it.
 
-The idea: a stencil is its offsets. Weights, order and constants follow from them by exact rational arithmetic, so there
-is one table and nothing in it can disagree with itself. A stencil pairs with any directions and any step size; what is
-left of it when an evaluation is lost, or when a bound is in the way, is a stencil again.
+A stencil is its offsets: weights, order and error constants follow from them by exact rational arithmetic. It pairs
+with any directions and any step size. What is left of it when an evaluation is lost, or when a bound is in the way, is
+a stencil again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ class Stencil:
         ((-1.5, 2.0, -0.5), 2)
 
     Args:
-        offsets: at least two whole numbers, in units of the step. An offset 0 costs nothing, the value at x is known.
+        offsets: a tuple of at least two whole numbers, in units of the step. An offset 0 costs nothing, the value at x
+            is known.
 
     Raises:
+        TypeError: offsets that are not a tuple of whole numbers.
         ValueError: fewer than two offsets, or one that comes twice.
 
     The weights are the derivatives at 0 of the Lagrange polynomials on the offsets (Fornberg 1988, Generation of finite
@@ -41,6 +43,11 @@ class Stencil:
     offsets: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.offsets, tuple) and all(type(offset) is int for offset in self.offsets)):
+            raise TypeError(
+                f"offsets must be a tuple of whole numbers in units of the step, got {self.offsets!r}: write "
+                "Stencil((-1, 1)) for a difference over both sides; step_size says how far a unit is"
+            )
         if len(self.offsets) < 2 or len(set(self.offsets)) != len(self.offsets):
             raise ValueError(
                 f"offsets must be at least two different whole numbers, got {self.offsets}: a slope needs two points; "

@@ -1,15 +1,13 @@
 """How far x is moved: a step for each element, or one step along a direction that moves all of them.
 
-The idea: truncation asks for a small step and round-off for a large one; the best balance depends on the precision of
-the numbers and on the order of the formula. Steps are powers of two, so that ``x + h`` is exact for most x; whoever
-divides by them still uses the step as realised. Pairs with any stencil and any directions; bounds wrap any other step
-size.
+Truncation asks for a small step and round-off for a large one; the best balance depends on the precision of the numbers
+and on the order of the formula. Chosen steps are powers of two, so that ``x + h`` is exact for most x; whoever divides
+by them still uses the step as realised. Pairs with any stencil and any directions; bounds wrap any other step size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,10 +16,16 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.stencil import Stencil
 
-__all__ = ["AbsoluteStep", "BoundedStep", "RelativeStep", "StepSize", "Steps", "require_positive"]
-
-# Below a quarter of the step that was asked for, round-off would cost more digits than a one-sided formula does.
-_SHRINK_AT_MOST = 0.25
+__all__ = [
+    "AbsoluteStep",
+    "BoundedStep",
+    "PerInputStep",
+    "RelativeStep",
+    "StepSize",
+    "Steps",
+    "require_positive",
+    "steps_around",
+]
 
 
 class Steps(NamedTuple):
@@ -50,15 +54,6 @@ class StepSize(Protocol):
         """
         ...
 
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """One step for directions that move all elements of all tensors, none by more than `scale` steps.
-
-        `positions` says which of the tensors that require grad each is.
-        """
-        ...
-
     def inside(self, x: Tensor, position: int) -> Tensor:
         """The nearest point at which f may be evaluated, x itself where there are no bounds."""
         ...
@@ -66,48 +61,68 @@ class StepSize(Protocol):
 
 @dataclass(frozen=True)
 class RelativeStep:
-    """``factor * max(1, |x|)``, rounded to a power of two.
+    """``factor * max(floor, |x|)``, rounded to a power of two.
 
     Example:
         >>> import torch
         >>> from ignite_tbptt.blackbox.stencil import central
         >>> RelativeStep().each(torch.tensor([0.0, 100.0]), central(), eps=2.0**-23).sizes
         tensor([0.0039, 0.5000])
+        >>> RelativeStep(floor=1e-9).each(torch.tensor([1e-9, 1e-12]), central(), eps=2.0**-23).sizes
+        tensor([3.6380e-12, 3.6380e-12])
 
     Args:
         factor: None takes ``eps ** (1 / (order + 1))``, where the truncation of a function with derivatives of order 1
             meets its round-off (Dennis and Schnabel 1983, section 5.4): 3.5e-4, 4.9e-3, 4.1e-2 for the orders 1, 2, 4
-            in float32 and 1.5e-8, 6.1e-6, 7.4e-4 in float64.
+            in float32 and 1.5e-8, 6.1e-6, 7.4e-4 in float64. A tensor gives each element its own; it broadcasts
+            against x.
+        floor: the size below which x counts as this large. 0 makes the step purely relative: it is then refused for
+            elements that are 0, which say nothing of their scale. A float, or a tensor that broadcasts against x.
 
     Raises:
-        ValueError: a factor that is not positive and finite.
+        ValueError: a factor that is not positive and finite, a negative floor; (when used) an element that is 0 where
+            the floor is.
     """
 
-    factor: float | None = None
+    factor: float | Tensor | None = None
+    floor: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
         if self.factor is not None:
             require_positive("factor", self.factor, "leave it out for the step that suits the precision")
+        if not bool((_numbers(self.floor) >= 0).all() & _numbers(self.floor).isfinite().all()):
+            raise ValueError(
+                f"floor must be finite and not negative, got {self.floor!r}: it is the size below which |x| counts as "
+                "this large; 0 for none"
+            )
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
         # half a power goes up: truncation then costs twice what it might, round-off half
-        factor = self._factor(stencil, eps) * _HALF_UP
-        return Steps(_power_of_two_below(x.abs().clamp_(min=1.0).mul_(factor)))
-
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """See `StepSize.along`: the step that the largest element asks for, so that none is lost in rounding."""
-        largest = max((float(x.abs().max()) for x in xs if x.numel()), default=1.0)
-        return 2.0 ** math.floor(math.log2(self._factor(stencil, eps) * max(1.0, largest) * _HALF_UP))
+        factor = self._factor(x, stencil, eps, position) * _HALF_UP
+        if isinstance(self.floor, Tensor):
+            size = torch.maximum(x.abs(), _broadcast("floor", self.floor, x, position))
+        else:
+            size = x.abs().clamp_(min=self.floor)
+        sizes = _power_of_two_below(size.mul_(factor))
+        # with a floor every step is some; without, an element may be 0, or so small that its step is
+        if isinstance(self.floor, Tensor) or self.floor < 1.0:
+            _refuse_zero(sizes, x, position)
+        return Steps(_refuse_lost("factor", sizes, x) if self.factor is not None else sizes)
 
     def inside(self, x: Tensor, position: int) -> Tensor:
         """See `StepSize.inside`."""
         return x
 
-    def _factor(self, stencil: Stencil, eps: float) -> float:
-        return float(eps ** (1 / (stencil.order + 1))) if self.factor is None else self.factor
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the step of an element depends on that element alone, not on its place."""
+        return not isinstance(self.factor, Tensor) and not isinstance(self.floor, Tensor)
+
+    def _factor(self, x: Tensor, stencil: Stencil, eps: float, position: int) -> float | Tensor:
+        if self.factor is None:
+            return float(eps ** (1 / (stencil.order + 1)))
+        return _broadcast("factor", self.factor, x, position) if isinstance(self.factor, Tensor) else self.factor
 
 
 @dataclass(frozen=True)
@@ -115,30 +130,71 @@ class AbsoluteStep:
     """The same step everywhere, as given: for a function with a known quantum, noise or scale.
 
     Args:
-        h: the step, in the units of x.
+        h: the step, in the units of x. A tensor gives each element its own; it broadcasts against x.
 
     Raises:
-        ValueError: a step that is not positive and finite.
+        ValueError: a step that is not positive and finite; (when used) one that is lost in rounding next to x.
     """
 
-    h: float
+    h: float | Tensor
 
     def __post_init__(self) -> None:
         require_positive("h", self.h, "RelativeStep() chooses a step by itself")
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
-        return Steps(torch.full_like(x, self.h, memory_format=torch.contiguous_format))
-
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """See `StepSize.along`."""
-        return self.h
+        if isinstance(self.h, Tensor):
+            sizes = _broadcast("h", self.h, x, position).clone(memory_format=torch.contiguous_format)
+        else:
+            sizes = torch.full_like(x, self.h, memory_format=torch.contiguous_format)
+        return Steps(_refuse_lost("h", sizes, x))
 
     def inside(self, x: Tensor, position: int) -> Tensor:
         """See `StepSize.inside`."""
         return x
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the step of an element depends on that element alone, not on its place."""
+        return not isinstance(self.h, Tensor)
+
+
+@dataclass(frozen=True)
+class PerInputStep:
+    """A step size for each input: for inputs whose scales or noise differ.
+
+    Example:
+        >>> import torch
+        >>> from ignite_tbptt.blackbox.stencil import central
+        >>> steps = PerInputStep((AbsoluteStep(0.5), RelativeStep(floor=0)))
+        >>> steps.each(torch.ones(2), central(), eps=2.0**-23, position=0).sizes
+        tensor([0.5000, 0.5000])
+
+    Args:
+        step_sizes: one for each tensor that requires grad, in the order of the arguments.
+
+    Raises:
+        ValueError: (when used) there are more such tensors than entries.
+    """
+
+    step_sizes: tuple[StepSize, ...]
+
+    def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
+        """See `StepSize.each`."""
+        return self.of(position).each(x, stencil, eps, position)
+
+    def inside(self, x: Tensor, position: int) -> Tensor:
+        """See `StepSize.inside`."""
+        return self.of(position).inside(x, position)
+
+    def of(self, position: int) -> StepSize:
+        """The step size of one input."""
+        if position >= len(self.step_sizes):
+            raise ValueError(
+                f"step_sizes has {len(self.step_sizes)} entries, but there are more tensors that require grad; give "
+                "one entry for each"
+            )
+        return self.step_sizes[position]
 
 
 Bound = float | Tensor | tuple["float | Tensor | None", ...] | None
@@ -148,9 +204,10 @@ Bound = float | Tensor | tuple["float | Tensor | None", ...] | None
 class BoundedStep:
     """Another step size, kept inside ``[lower, upper]``: a blackbox is never evaluated outside.
 
-    A one-sided formula is turned to the side that has room. A two-sided one is shrunk, at most to a quarter, and beyond
-    that replaced by a one-sided formula of the same order. Random directions move every element at once: their step
-    shrinks to what the tightest element allows.
+    A one-sided formula is turned to the side that has room, and its step is shrunk where neither has enough. Of a
+    two-sided one either the step is shrunk, or a one-sided formula of the same order takes its place, whichever loses
+    less to round-off and truncation. Random directions move every element at once: their step shrinks to what the
+    tightest element allows. Bounds inside bounds hold all together.
 
     Args:
         step_size: how far to go where there is room.
@@ -159,71 +216,46 @@ class BoundedStep:
         upper: largest x, likewise.
 
     Raises:
-        ValueError: (when used) an element of x lies outside, or there is no room on either side.
+        ValueError: a bound that is NaN; (when used) an element of x lies outside, or there is no room on either side.
     """
 
     step_size: StepSize
     lower: Bound = None
     upper: Bound = None
 
+    def __post_init__(self) -> None:
+        for name, bound in (("lower", self.lower), ("upper", self.upper)):
+            entries = bound if isinstance(bound, tuple) else (bound,)
+            if any(entry is not None and bool(_numbers(entry).isnan().any()) for entry in entries):
+                raise ValueError(f"{name} must not be NaN, got {bound!r}: nothing lies inside it; None for no bound")
+
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
-        wanted = self.step_size.each(x, stencil, eps, position).sizes
-        below, above = self._room(x, position)
+        # Inner bounds are part of `inside`: what they made of the step would hide the step that is wanted.
+        sizes, kept_sides = _unbounded(self.step_size, position).each(x, stencil, eps, position)
+        wanted, sign = sizes.abs(), sizes.sign()
+        below, above = _room(self, x, position)
+        ahead, behind = torch.where(sign > 0, above, below), torch.where(sign > 0, below, above)
         if not stencil.is_two_sided:
             # a backward formula goes down where its step is positive
-            ahead, behind = (above, below) if max(stencil.offsets) > 0 else (below, above)
-            size, turned = _towards_room(wanted, ahead, behind, stencil.reach)
-            return Steps(torch.where(turned, -size, size))
-        fitting = torch.minimum(below, above) / stencil.reach
-        shrunk = torch.minimum(wanted, _power_of_two_below(fitting))
-        one_sided = fitting < wanted * _SHRINK_AT_MOST
-        if not bool(one_sided.any()):
-            return Steps(shrunk)
-        size, turned = _towards_room(wanted, above, below, stencil.one_sided().reach)
-        return Steps(torch.where(one_sided, torch.where(turned, -size, size), shrunk), one_sided)
-
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """See `StepSize.along`."""
-        wanted = self.step_size.along(xs, stencil, eps, scale, positions)
-        room = min(
-            float(side.min())
-            for x, position in zip(xs, positions, strict=True)
-            if x.numel()
-            for side in self._room(x, position)
-        )
-        fitting = room / (scale * stencil.reach)
-        if fitting >= wanted:
-            return wanted
-        if fitting < wanted * _SHRINK_AT_MOST:
-            raise ValueError(
-                f"bounds leave random directions a step of {fitting:.3g} where {wanted:.3g} is needed: they move all "
-                "elements at once, to both sides, and one of them is at its bound; use Coordinates(), which turn round"
-            )
-        return float(2.0 ** math.floor(math.log2(fitting)))
+            if max(stencil.offsets) <= 0:
+                ahead, behind = behind, ahead
+            size, turned = _towards_room(wanted, ahead, behind, stencil.reach, kept_sides)
+            return Steps(_refuse_lost("the room between lower and upper", torch.where(turned, -size, size) * sign, x))
+        two_sided = torch.minimum(wanted, torch.minimum(below, above) / stencil.reach)
+        one_sided_stencil = stencil.one_sided()
+        size, turned = _towards_room(wanted, ahead, behind, one_sided_stencil.reach, kept_sides)
+        one_sided = _loss(one_sided_stencil, size / wanted) < _loss(stencil, two_sided / wanted)
+        if kept_sides is not None:
+            one_sided |= kept_sides
+        size = torch.where(one_sided, torch.where(turned, -size, size), two_sided) * sign
+        _refuse_lost("the room between lower and upper", size, x)
+        return Steps(size, one_sided if bool(one_sided.any()) else None)
 
     def inside(self, x: Tensor, position: int) -> Tensor:
         """See `StepSize.inside`."""
+        x = self.step_size.inside(x, position)
         return x.clamp(self._bound("lower", x, position), self._bound("upper", x, position))
-
-    def _room(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        below, above = x - self._bound("lower", x, position), self._bound("upper", x, position) - x
-        for name, room in (("lower", below), ("upper", above)):
-            if bool((room < 0).any()):
-                worst = int(room.argmin())
-                where, value = _spelled(worst, x), float(x.reshape(-1)[worst])
-                raise ValueError(
-                    f"{name} excludes x: element {where} of differentiated tensor {position} is {value:.6g}, "
-                    f"{-float(room.min()):.3g} outside; clamp x before the call, or widen the bound"
-                )
-        if bool(((below + above) <= 0).any()):
-            raise ValueError(
-                f"lower and upper leave no room to move differentiated tensor {position}: they are equal somewhere; "
-                "pass that input without requires_grad"
-            )
-        return below, above
 
     def _bound(self, name: str, x: Tensor, position: int) -> Tensor:
         bound = self.lower if name == "lower" else self.upper
@@ -236,21 +268,82 @@ class BoundedStep:
             bound = bound[position]
         if bound is None:
             bound = -math.inf if name == "lower" else math.inf
-        tensor = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
-        try:
-            return tensor.expand(x.shape)
-        except RuntimeError as error:
+        return _broadcast(name, bound, x, position)
+
+
+def steps_around(
+    step_size: StepSize, x: Tensor, stencil: Stencil, eps: float, scale: float, position: int = 0
+) -> Tensor:
+    """The step of every element for directions in which all elements move at once, each in units of its own step.
+
+    With ``x + offset * steps * d`` for a direction d the slope belongs to ``steps * gradient``: what it adds to the
+    gradient is ``slope * d / steps``.
+
+    Args:
+        step_size: how far; see `StepSize.each` for x, stencil, eps and position.
+        x: the point.
+        stencil: the formula.
+        eps: relative precision.
+        scale: the largest entry of any direction, up to which all points stay inside the bounds.
+        position: which of the tensors that require grad x is.
+
+    Raises:
+        ValueError: an element is so close to its bound that less than a quarter of its step is left.
+    """
+    wanted = _unbounded(step_size, position).each(x, stencil, eps, position).sizes.abs()
+    below, above = _room(step_size, x, position)
+    fitting = torch.minimum(below, above) / (scale * stencil.reach)
+    if bool((fitting < wanted / 4).any()):
+        worst = int((fitting / wanted).argmin())
+        raise ValueError(
+            f"bounds leave random directions a step of {float(fitting.reshape(-1)[worst]):.3g} for element "
+            f"{_spelled(worst, x)} of differentiated tensor {position}, where {float(wanted.reshape(-1)[worst]):.3g} "
+            "is needed: they move all elements at once, to both sides; use Coordinates(), which turn round"
+        )
+    return torch.minimum(wanted, fitting)
+
+
+def _room(step_size: StepSize, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    """How far x may move down and up within all bounds, less what rounding might add."""
+    lower = step_size.inside(torch.full_like(x, -math.inf), position)
+    upper = step_size.inside(torch.full_like(x, math.inf), position)
+    for name, outside in (("lower", lower - x), ("upper", x - upper)):
+        if bool((outside > 0).any()):
+            worst = int(outside.argmax())
             raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} does not broadcast against differentiated tensor {position} of "
-                f"shape {tuple(x.shape)}; give a float, or a tuple with one entry for each tensor"
-            ) from error
+                f"{name} excludes x: element {_spelled(worst, x)} of differentiated tensor {position} is "
+                f"{float(x.reshape(-1)[worst]):.6g}, {float(outside.max()):.3g} outside; clamp x before the call, "
+                "or widen the bound"
+            )
+    if bool((lower >= upper).any()):
+        raise ValueError(
+            f"lower and upper leave no room to move differentiated tensor {position}: they are equal somewhere; "
+            "pass that input without requires_grad"
+        )
+    # Differences, quotients and multiples of the step round by half an eps each.
+    margin = 1 - 4 * torch.finfo(x.dtype).eps
+    return (x - lower) * margin, (upper - x) * margin
 
 
-def _towards_room(wanted: Tensor, ahead: Tensor, behind: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+def _unbounded(step_size: StepSize, position: int) -> StepSize:
+    while isinstance(step_size, (BoundedStep, PerInputStep)):
+        step_size = step_size.step_size if isinstance(step_size, BoundedStep) else step_size.of(position)
+    return step_size
+
+
+def _towards_room(
+    wanted: Tensor, ahead: Tensor, behind: Tensor, reach: int, kept_sides: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The step, no longer than the roomier side allows, and where that side is the one behind."""
     turned = (ahead < wanted * reach) & (behind > ahead)
-    room = torch.where(turned, behind, ahead)
-    return torch.minimum(wanted, _power_of_two_below(room / reach)), turned
+    if kept_sides is not None:
+        turned &= ~kept_sides
+    return torch.minimum(wanted, torch.where(turned, behind, ahead) / reach), turned
+
+
+def _loss(stencil: Stencil, share: Tensor) -> Tensor:
+    """Truncation and round-off for a share of the step at which both are of one size, in units of that size."""
+    return abs(stencil.error_constant) * share**stencil.order + stencil.amplification / share
 
 
 # A little above sqrt(2), so that what is half a power up to rounding goes up.
@@ -267,19 +360,54 @@ def _power_of_two_below(h: Tensor) -> Tensor:
     return h.view(integer).bitwise_and(mask).view(h.dtype)
 
 
-def require_positive(name: str, value: float, instead: str) -> None:
+def require_positive(name: str, value: float | Tensor, instead: str) -> None:
     """Refuse a distance that x cannot be moved by.
 
     Raises:
-        ValueError: the value is not positive and finite.
+        ValueError: the value, or one in the tensor, is not positive and finite.
     """
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    number = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+    if not number and not (isinstance(value, Tensor) and bool(((value > 0) & value.isfinite()).all())):
         raise ValueError(f"{name} must be a positive, finite number, got {value!r}: x has to move; {instead}")
 
 
+def _refuse_zero(sizes: Tensor, x: Tensor, position: int) -> None:
+    if bool((sizes == 0).any()):
+        index = _spelled(int((sizes == 0).int().argmax()), x)
+        raise ValueError(
+            f"floor leaves no step to element {index} of differentiated tensor {position}: it is 0, or too small for a "
+            "step relative to it; give as floor the size that counts as small there, RelativeStep(floor=...)"
+        )
+
+
+def _refuse_lost(name: str, sizes: Tensor, x: Tensor) -> Tensor:
+    """The sizes; a step after which x is the same number would make the slope 0 / 0."""
+    lost = (x + sizes == x) & x.isfinite()
+    if bool(lost.any()):
+        value, size = float(x[lost][0]), float(sizes[lost][0].abs())
+        raise ValueError(
+            f"{name} gives a step of {size:.3g}, which is lost in rounding next to an x of {value:.6g} in {x.dtype}; "
+            f"take a larger step, {4 * torch.finfo(x.dtype).eps * abs(value):.2g} at least (RelativeStep() suits the "
+            "precision), or evaluate in float64"
+        )
+    return sizes
+
+
+def _numbers(value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+
+
+def _broadcast(name: str, value: float | Tensor, x: Tensor, position: int) -> Tensor:
+    """Values for the elements of x."""
+    tensor = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    try:
+        return tensor.expand(x.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} does not broadcast against differentiated tensor {position} of "
+            f"shape {tuple(x.shape)}; give a float, or step sizes and bounds for each tensor (PerInputStep, a tuple)"
+        ) from error
+
+
 def _spelled(flat: int, x: Tensor) -> tuple[int, ...]:
-    index: list[int] = []
-    for size in reversed(x.shape):
-        index.append(flat % size)
-        flat //= size
-    return tuple(reversed(index))
+    return tuple(int(k) for k in torch.unravel_index(torch.tensor(flat), x.shape))

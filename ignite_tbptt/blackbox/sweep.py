@@ -1,8 +1,8 @@
 """The error of a difference formula against its step, measured: which step to take, and how noisy the function is.
 
-The idea: along one direction a function of many numbers is a function of one. Its slope is known well enough from
-Richardson extrapolation, in float64 where the function can be evaluated there, to see how far each single step is off:
-falling with the order of the formula where truncation rules, rising with the noise over h where round-off does. Pairs
+Along one direction a function of many numbers is a function of one. Its slope is known from Richardson extrapolation,
+in float64 where the function can be evaluated there, well enough to measure the error of each single step. The error
+falls with the order of the formula where truncation rules, and rises with the noise over h where round-off does. Pairs
 with any stencil; what it recommends goes into `AbsoluteStep`.
 """
 
@@ -93,7 +93,7 @@ def step_sweep(
         >>> sweep.reference, 1e-3 < sweep.recommended < 0.1
         ('float64', True)
 
-    Some 120 evaluations in float32, twice as many in float64.
+    Some 120 evaluations in float32, twice as many in float64, and more for inputs that are much smaller than 1.
 
     Args:
         fn: function of the inputs, as `blackbox` takes it.
@@ -119,7 +119,7 @@ def step_sweep(
         if not math.isfinite(size):
             raise BlackboxError(f"{line.label} is NaN or infinite at the inputs: there is no slope to measure")
         eps = torch.finfo(torch.float64 if numpy else line.dtype).eps
-        steps = [line.scale * 2.0**power for power in range(math.ceil(math.log2(eps)) + 3, 1)]
+        steps = line.steps(math.ceil(math.log2(eps)) + 3)
         noise = noise_level(phi, line.scale, eps)
         truth, reference = line.truth(phi, steps, noise, numpy)
         errors = [abs(_slope(formula, phi, h) - truth) / abs(truth) for h in steps]
@@ -145,7 +145,8 @@ class _Line:
             )
         self._seed = seed
         self.dtype = max((tensors[k].dtype for k in self._moved), key=lambda dtype: torch.finfo(dtype).eps)
-        self.scale = 2.0 ** round(math.log2(max(1.0, *(float(tensors[k].abs().max()) for k in self._moved))))
+        largest = max(float(tensors[k].abs().max()) for k in self._moved)
+        self.scale = 2.0 ** round(math.log2(largest)) if largest else 1.0
         self.streams = RandomStreams.now()
         self._weights: list[Tensor] | None = None
 
@@ -173,6 +174,11 @@ class _Line:
 
         return phi
 
+    def steps(self, first: int) -> list[float]:
+        """Powers of two from ``2 ** first`` of the size of x to that size, or to 1 where x is smaller."""
+        last = max(0, -round(math.log2(self.scale)))
+        return [self.scale * 2.0**power for power in range(first, last + 1)]
+
     def _weighted(self, outputs: Outputs) -> float:
         values = [tensor.double().cpu() for tensor in outputs.tensors if tensor.is_floating_point()]
         if self._weights is None:
@@ -186,7 +192,7 @@ class _Line:
             try:
                 exact = self.along(torch.float64)
                 eps = torch.finfo(torch.float64).eps
-                fine = [self.scale * 2.0**power for power in range(-40, 1)]
+                fine = self.steps(-40)
                 fine_noise = noise_level(exact, self.scale, eps)
                 # a function that rounds inside gains nothing from float64
                 if fine_noise < 0.01 * noise:
@@ -243,9 +249,10 @@ def _ridders(phi: Scalar, steps: list[float], noise: float, label: str) -> float
         for m, diagonal in enumerate(above[:6]):
             row.append(row[m] + (row[m] - diagonal) / (4 ** (m + 1) - 1))
             error = max(abs(row[-1] - row[-2]), abs(row[-1] - diagonal)) + noise / h
-            if math.isfinite(row[-1]) and error < best:
-                best, found = error, row[-1]
-    if not math.isfinite(found) or found == 0:
+            # relative: slopes over steps much longer than the function's scale vanish, and differ by little from 0
+            if math.isfinite(row[-1]) and row[-1] and error / abs(row[-1]) < best:
+                best, found = error / abs(row[-1]), row[-1]
+    if not math.isfinite(found):
         raise BlackboxError(
             f"{label} does not change along the direction that was tried, at any step up to {steps[-1]:.3g}: its "
             "gradient is zero there, or its steps are larger; try other inputs, or another seed"

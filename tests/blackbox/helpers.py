@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
-from ignite_tbptt.blackbox.task import Evaluator, SerialEvaluation, StackedEvaluation
+from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
+from ignite_tbptt.blackbox.task import SerialEvaluation, StackedEvaluation
 
 STENCILS: dict[str, Stencil] = {
     "forward": forward(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.estimator import CentralDifference
+from ignite_tbptt.blackbox.function import blackbox
 from ignite_tbptt.blackbox.task import (
     Call,
     EvaluationCount,
@@ -16,7 +17,6 @@ from ignite_tbptt.blackbox.task import (
     SerialEvaluation,
     StackedEvaluation,
 )
-from ignite_tbptt.blackbox.function import blackbox
 from tests.blackbox.helpers import EVALUATORS
 
 

@@ -33,6 +33,7 @@ EXPORTED = [
     "GraphCut",
     "GraphCutReport",
     "Orthogonal",
+    "PerInputStep",
     "Rademacher",
     "RelativeStep",
     "SerialEvaluation",

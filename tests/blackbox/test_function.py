@@ -15,8 +15,8 @@ from torch.func import functional_call
 
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference
-from ignite_tbptt.blackbox.task import EvaluationCount
 from ignite_tbptt.blackbox.function import blackbox, differentiable_call
+from ignite_tbptt.blackbox.task import EvaluationCount
 from ignite_tbptt.random_streams import RandomStreams
 from tests.blackbox.helpers import COORDINATE_ESTIMATORS, EVALUATORS, as_text, relative_error, row_sums, seen_through
 
@@ -142,9 +142,7 @@ def test_batch_parallel_equals_element_by_element_bit_for_bit(kind: str, evaluat
         x = torch.randn(6, 3, dtype=dtype).requires_grad_()
         w = torch.randn(3, dtype=dtype).requires_grad_()
         v = [torch.randn(6, outputs, dtype=dtype), torch.randn(6, dtype=dtype)]
-        together = blackbox(
-            f, estimator=COORDINATE_ESTIMATORS[kind], executor=EVALUATORS[evaluator], in_dims=(0, None)
-        )
+        together = blackbox(f, estimator=COORDINATE_ESTIMATORS[kind], executor=EVALUATORS[evaluator], in_dims=(0, None))
         apart = blackbox(f, estimator=COORDINATE_ESTIMATORS[kind])
         for one, other in zip(
             torch.autograd.grad(together(x, w), (x, w), v), torch.autograd.grad(apart(x, w), (x, w), v), strict=True

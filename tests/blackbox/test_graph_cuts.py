@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import inspect
+import io
+import itertools
+import pickle
 import random
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ignite_tbptt.blackbox import CutKind, find_graph_cuts
+from ignite_tbptt import nest
+from ignite_tbptt.blackbox import CutKind, FiniteDifferenceGradients, find_graph_cuts
 
 
 class Cutting(nn.Module):
@@ -419,6 +427,8 @@ def test_the_report_reads_as_prose() -> None:
         "    remedy: compute with the tensor instead of its Python value; where that cannot be, take finite "
         "differences: FiniteDifferenceGradients(model, modules=['1']).attach(trainer), or blackbox(fn) around these "
         "lines, both from ignite_tbptt.blackbox",
+        "    cost: 46 evaluations a call by central differences on the module (23 parameters and inputs), 2 by "
+        "@blackbox on the lines that leave torch (values: 1); the lines cost less",
     ]
     report = str(find_graph_cuts(by_format, torch.randn(5, 4)))
     assert report.endswith("take finite differences: blackbox(by_format), from ignite_tbptt.blackbox")
@@ -436,3 +446,437 @@ def test_bad_arguments_are_refused() -> None:
         find_graph_cuts(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"2 parameters are frozen. Call model.requires_grad_\(\)"):
         find_graph_cuts(nn.Linear(2, 2).requires_grad_(False), torch.zeros(2, dtype=torch.long))
+
+
+def found_and_true(model: nn.Module, *inputs: Any) -> tuple[set[str], set[str]]:
+    """Names of the parameters that the finder calls lost, and of those for which autograd gives nothing."""
+    report = find_graph_cuts(model, *inputs)
+    lost = {name for cut in report for name in cut.lost if name not in cut.partial}
+    outputs = [y for y in nest.tensors(model(*inputs)) if y.requires_grad]
+    named = dict(model.named_parameters())
+    given = torch.autograd.grad([y.sum() for y in outputs], list(named.values()), allow_unused=True) if outputs else ()
+    true = {n for n, grad in itertools.zip_longest(named, given) if grad is None}
+    return {name for name in lost if name in named}, true
+
+
+class NoneFor(torch.autograd.Function):
+    """A product that tells autograd nothing about its first factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(gain)
+        return x * gain
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return None, torch.ones_like(ctx.saved_tensors[0])
+
+
+def by_storage(y: Tensor) -> Tensor:
+    return torch.tensor(list(y.contiguous().untyped_storage().tolist())).float().mean()
+
+
+def by_save(y: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    loaded: Tensor = torch.load(file)
+    return loaded.detach()
+
+
+def by_memory(y: Tensor) -> Tensor:
+    values = (ctypes.c_float * y.numel()).from_address(y.data_ptr())
+    return torch.tensor(list(values)).view(y.shape)
+
+
+def assigned(y: Tensor) -> Tensor:
+    z = torch.zeros(5, 2)
+    z.data = y
+    return z
+
+
+WITHOUT_A_GRADIENT: dict[str, Callable[[Tensor], Any]] = {
+    "topk": lambda y: y.topk(1).indices,
+    "topk by name": lambda y: y.topk(1)[1],
+    "sort": lambda y: y.sort().indices,
+    "sort, descending": lambda y: torch.sort(y, descending=True)[1],
+    "argsort": lambda y: y.argsort(),
+    "max": lambda y: y.max(1).indices,
+    "min": lambda y: torch.min(y, 1)[1],
+    "median": lambda y: y.median(1).indices,
+    "mode": lambda y: y.mode(1).indices,
+    "cummax": lambda y: y.cummax(1).indices,
+    "kthvalue": lambda y: y.kthvalue(1).indices,
+    "max_pool": lambda y: nn.functional.max_pool1d(y[None], 2, return_indices=True)[1],
+    "nonzero": lambda y: torch.ones(5, 2) * len(y.nonzero()),
+    "unique": lambda y: y.unique(return_inverse=True)[1],
+    "searchsorted": lambda y: torch.searchsorted(torch.zeros(3), y),
+    "a new leaf": lambda y: torch.tensor(y, requires_grad=True),
+    "a new leaf of a list": lambda y: torch.tensor([y[0, 0], 1.0], requires_grad=True).sum(),
+    "a detached leaf": lambda y: y.detach().requires_grad_(),
+    "a detached leaf, in place": lambda y: (y * 1).detach_().requires_grad_(),
+    "a parameter": nn.Parameter,
+    "a copied leaf": lambda y: copy.deepcopy(y.detach().requires_grad_()),
+    "memory": by_memory,
+    "storage": by_storage,
+    "a file": by_save,
+    "a pickle": lambda y: pickle.loads(pickle.dumps(y.detach())),
+    "a function that returns None": lambda y: NoneFor.apply(y, torch.ones((), requires_grad=True)),  # type: ignore[no-untyped-call]
+    "a gradient without a graph": lambda y: torch.autograd.grad((y**2).sum(), y)[0],
+    "nothing": lambda y: torch.ones(5, 2),
+    "numbers of rows": lambda y: torch.ones(5, 2) * float(y.sum() > 0),
+    "a data leaf": lambda y: torch.zeros(5, 2).set_(y.data.untyped_storage()),
+    "an attribute": assigned,
+    "a buffer": lambda y: torch.zeros(5, 2).copy_(y.detach()),
+    "out": lambda y: torch.add(y.detach(), 1, out=torch.zeros(5, 2)),
+    "dlpack": lambda y: torch.from_numpy(np.from_dlpack(y.detach()).copy()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct", "ignore:Converting a tensor")
+@pytest.mark.parametrize("name", WITHOUT_A_GRADIENT)
+def test_what_was_used_and_does_not_arrive_is_named_whatever_the_reason(name: str) -> None:
+    class Weighted(nn.Module):
+        """An output that has a gradient, though not for what went through `cut`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = WITHOUT_A_GRADIENT[name](self.inner(x)) * self.scale
+            return out
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Tanh(), Weighted()))
+    x = torch.randn(5, 4)
+    found, true = found_and_true(model, x)
+    assert found == true == {"0.weight", "0.bias", "1.1.inner.weight", "1.1.inner.bias"}
+    assert find_graph_cuts(model, x).modules == ["1.1"]
+    assert "no cut found" not in str(find_graph_cuts(model, x))
+
+
+def test_a_function_that_returns_none_for_a_parameter_only() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.inner = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return NoneFor.apply(self.gain, self.inner(x))  # type: ignore[no-untyped-call]
+
+    found, true = found_and_true(nn.Sequential(nn.Linear(3, 3), Scaled()), torch.randn(2, 3))
+    assert found == true == {"1.gain"}
+
+
+class Stopping(nn.Module):
+    """Stops gradients, or does not, in code that can be scripted."""
+
+    def __init__(self, stop: bool) -> None:
+        super().__init__()
+        self.inner, self.scale, self.stop = nn.Linear(3, 2), nn.Parameter(torch.ones(2)), stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return (y.detach() if self.stop else y) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+@pytest.mark.parametrize("stop", [True, False])
+def test_scripted_modules_are_seen_from_outside(stop: bool) -> None:
+    script = torch.jit.script(Stopping(stop))
+    x = torch.randn(2, 3)
+    found, true = found_and_true(nn.Sequential(nn.Linear(3, 3), script), x)
+    assert found == true
+    assert (found != set()) == stop
+    assert (find_graph_cuts(script, x) != []) == stop
+
+
+def test_a_branch_of_the_model_that_goes_into_no_output_is_named() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.spare = nn.Linear(3, 3), nn.Linear(3, 1), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.body(x)
+            self.seen = self.spare(y)
+            return self.head(y)
+
+    model = TwoHeads()
+    found, true = found_and_true(model, torch.randn(2, 3))
+    assert found == true == {"spare.weight", "spare.bias"}
+    report = find_graph_cuts(model, torch.randn(2, 3))
+    assert report.to_bind == []
+    assert "goes into no output" in str(report)
+
+
+def test_a_parameter_that_only_decides_a_branch_is_named() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.level = nn.Linear(3, 3), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.inner(x)
+            return y if y.mean() > self.level else -y
+
+    found, true = found_and_true(Gate(), torch.randn(2, 3))
+    assert found == true == {"level"}
+
+
+class Pair(NamedTuple):
+    """Two tensors."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor, and what is none."""
+
+    value: Tensor
+    name: str = "state"
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [lambda t: Pair(t, t.clone()), State, lambda t: {"deep": [Pair(t, State(t.clone()))]}],  # type: ignore[arg-type]
+)
+def test_nests_without_parameters_are_followed(nested: Callable[[Tensor], Any]) -> None:
+    def through(state: Any) -> Any:
+        return nest.map_tensors(lambda tensor: tensor * 2, state)
+
+    def cut(state: Any) -> Any:
+        return nest.map_tensors(lambda tensor: torch.from_numpy(tensor.detach().numpy() * 2), state)
+
+    assert find_graph_cuts(through, nested(torch.ones(3))) == []
+    (found,) = find_graph_cuts(cut, nested(torch.ones(3)))
+    assert found.lost[0] == "input 'state'"
+
+
+class Policy(nn.Module):
+    """What it gives out is a distribution, not a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.log_scale = nn.Linear(3, 2), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.distributions.Independent(torch.distributions.Normal(self.mean(x), self.log_scale.exp()), 1)
+
+
+class Classifier(nn.Module):
+    """A small network for images, with all that usually is in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Flatten(),
+            nn.LazyLinear(6), nn.GroupNorm(2, 6), nn.GELU(), nn.Linear(6, 3),
+        )  # fmt: skip
+        self.net(torch.zeros(2, 1, 8, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        assert x.dim() == 4
+        assert len(x) == 2
+        y = self.net(x)
+        self.largest, self.text, self.seen = y.abs().max().item(), repr(y), y.detach()
+        if torch.isnan(y).any() or not torch.isfinite(y).all():
+            raise ValueError("not finite")
+        return y.masked_fill(y < -9, 0.0).log_softmax(-1)
+
+
+class Translator(nn.Module):
+    """Embedding, packed recurrent encoder, attention, loss inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.encode = nn.Embedding(7, 4, padding_idx=0), nn.LSTM(4, 4, 2, bidirectional=True)
+        self.attend, self.out = nn.MultiheadAttention(8, 2), nn.Linear(8, 7)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Any:
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(words), lengths)
+        states, _ = nn.utils.rnn.pad_packed_sequence(self.encode(packed)[0])
+        mixed, weights = self.attend(states, states, states)
+        logits = self.out(mixed)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), words.flatten())
+        return {"loss": loss, "weights": weights, "best": logits.argmax(-1)}
+
+
+class Sparse(nn.Module):
+    """A gate that takes the two best of its experts, with their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(3, 4), nn.Parameter(torch.randn(4, 3, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        return (weights[..., None] * torch.einsum("bi,bkio->bko", x, self.experts[chosen])).sum(1)
+
+
+class StraightThrough(nn.Module):
+    """Rounding with the gradient of the identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(x)
+        return y + (y.round() - y).detach()
+
+
+WORDS = torch.tensor([[1, 2], [3, 4], [5, 6]])
+ORDINARY: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
+    "GRU": (lambda: nn.GRU(3, 4, 2, dropout=0.5), (torch.randn(5, 2, 3),)),
+    "LSTM": (lambda: nn.LSTM(3, 4, 2, bidirectional=True), (torch.randn(5, 2, 3),)),
+    "RNN": (lambda: nn.RNN(3, 4), (torch.randn(5, 2, 3),)),
+    "GRU cell": (lambda: nn.GRUCell(3, 4), (torch.randn(2, 3),)),
+    "transformer": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), 2, enable_nested_tensor=False),
+        (torch.randn(5, 2, 4),),
+    ),
+    "decoder": (lambda: nn.TransformerDecoderLayer(4, 2, 8), (torch.randn(5, 2, 4), torch.randn(3, 2, 4))),
+    "images": (Classifier, (torch.randn(2, 1, 8, 8),)),
+    "words": (Translator, (WORDS, torch.tensor([3, 3]))),
+    "a distribution": (Policy, (torch.randn(2, 3),)),
+    "experts": (Sparse, (torch.randn(2, 3),)),
+    "straight through": (StraightThrough, (torch.randn(2, 3),)),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), (torch.randn(2, 3),)),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), (torch.randn(2, 3),)),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.LazyLinear(2)), (torch.randn(2, 3),)),
+    "bilinear": (lambda: nn.Bilinear(3, 4, 2), (torch.randn(2, 3), torch.randn(2, 4))),
+    "embedding bag": (lambda: nn.EmbeddingBag(7, 3), (WORDS,)),
+    "instance norm": (lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True), (torch.randn(2, 3, 5),)),
+    "adaptive pool": (lambda: nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveMaxPool1d(2)), (torch.randn(2, 1, 9),)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_models_raise_no_alarm(name: str, training: bool) -> None:
+    make, inputs = ORDINARY[name]
+    assert find_graph_cuts(make().train(training), *inputs) == []
+
+
+class Simulator(nn.Module):
+    """Leaves torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.tanh((x * self.rate).detach().numpy()))
+
+
+class Agent(nn.Module):
+    """A network, a target network that gradients are kept from, a simulator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target, self.simulator = nn.Linear(2, 2), nn.Linear(2, 2), Simulator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            goal = self.target(x)
+        moved = self.simulator(self.online(x))
+        loss: Tensor = (moved - goal - self.target(x).detach()) ** 2
+        return loss
+
+
+def test_what_is_stopped_on_purpose_is_not_bound() -> None:
+    report = find_graph_cuts(Agent(), torch.randn(3, 2))
+    assert report.modules == ["simulator", ""]
+    assert report.to_bind == ["simulator"]
+    assert report[1].stopped == ("target.weight", "target.bias")
+    assert "stopped without leaving torch" in str(report[1])
+
+
+def test_discovery_leaves_a_target_network_without_gradients() -> None:
+    torch.manual_seed(0)
+    agent, twin = Agent().double(), Agent().double()
+    twin.load_state_dict(agent.state_dict())
+    twin.simulator.forward = lambda x: torch.tanh(x * twin.simulator.rate)  # type: ignore[method-assign]
+    x = torch.randn(3, 2, dtype=torch.float64)
+    handler = FiniteDifferenceGradients(agent)
+    trainer = Engine(lambda engine, batch: agent(batch).sum().backward())
+    with handler.attach(trainer):
+        trainer.run([x])
+    twin(x).sum().backward()
+    assert list(handler.counts) == ["simulator"]
+    for (name, parameter), true in zip(agent.named_parameters(), twin.parameters(), strict=True):
+        if name.startswith("target"):
+            assert parameter.grad is None
+        else:
+            # central differences in float64, h near 6e-6: 4e-11 for functions of order one
+            assert torch.allclose(parameter.grad, true.grad, rtol=1e-8, atol=1e-8)  # type: ignore[arg-type]
+
+
+def test_discovery_warns_where_it_binds_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), Cutting(by_data), nn.Linear(2, 1))
+    trainer = Engine(lambda engine, batch: model(batch).sum().backward())
+    with FiniteDifferenceGradients(model).attach(trainer) as handler:
+        trainer.run([torch.ones(2, 4)])
+    assert handler.counts == {}
+    assert [record.levelname for record in caplog.records if "no module" in record.message] == ["WARNING"]
+
+
+def test_a_module_around_what_is_stopped_on_purpose_is_not_bound() -> None:
+    class Inline(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.online, self.target = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            goal = self.target(x).detach()
+            moved: Tensor = torch.from_numpy(self.online(x).detach().numpy() ** 2) - goal
+            return moved
+
+    report = find_graph_cuts(Inline(), torch.randn(3, 2))
+    assert report[0].stopped == ("target.weight", "target.bias")
+    assert report.to_bind == []
+
+
+def test_one_line_of_a_model_costs_less_than_the_model() -> None:
+    class Inline(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x).sum(0)
+            self.log = float(y.detach().norm())
+            return torch.from_numpy(np.sinh(y.detach().numpy()))
+
+    (cut,) = find_graph_cuts(Inline(), torch.randn(3, 6))
+    # 28 parameters; 4 values that go to numpy and their norm
+    assert (cut.moved, cut.leaving) == (28, 5)
+    assert "56 evaluations a call" in cut.cost
+    assert cut.cost.endswith("the lines cost less")
+    (cut,) = find_graph_cuts(Simulator(), torch.randn(3, 2))
+    assert (cut.moved, cut.leaving) == (2, 6)
+    assert cut.cost.endswith("the module costs less")
+
+
+def test_gradients_that_are_there_stay_as_they_are() -> None:
+    class Meta(nn.Module):
+        """Takes a gradient step inside."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            self.inner(x).square().sum().backward()
+            return self.inner(x)
+
+    model = Meta()
+    model.inner.weight.grad = kept = torch.ones(2, 2)
+    assert find_graph_cuts(model, torch.randn(3, 2)) == []
+    assert model.inner.weight.grad is kept
+    assert kept.eq(1).all()
+    assert model.inner.bias.grad is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -78,4 +79,10 @@ def test_an_order_that_is_not_available_is_refused() -> None:
 @pytest.mark.parametrize("offsets", [(), (0,), (1, 1)])
 def test_too_few_offsets_are_refused(offsets: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="offsets must be at least two different whole numbers"):
+        Stencil(offsets)
+
+
+@pytest.mark.parametrize("offsets", [[-1, 1], (-0.5, 0.5), (False, True), "01"])
+def test_offsets_that_are_no_tuple_of_whole_numbers_are_refused(offsets: Any) -> None:
+    with pytest.raises(TypeError, match=r"offsets must be a tuple of whole numbers .* write Stencil\(\(-1, 1\)\)"):
         Stencil(offsets)

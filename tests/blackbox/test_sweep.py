@@ -105,3 +105,17 @@ def test_what_cannot_be_swept_is_refused() -> None:
         step_sweep(torch.log, -torch.ones(2))
     with pytest.raises(BlackboxError, match="does not change along the direction"):
         step_sweep(torch.zeros_like, torch.ones(2))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1e6])
+def test_the_scale_of_the_inputs_is_found(size: float) -> None:
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) * size
+    sweep = step_sweep(lambda x: size / x, x)
+    # a function of x / size: the best step is that of size 1, times the size, to a factor of ten
+    assert 0.1 <= sweep.recommended / size / EPS64 ** (1 / 3) <= 10
+    assert sweep.noise_floor <= 10 * EPS64 ** (2 / 3)
+
+
+def test_small_inputs_of_a_function_of_size_one() -> None:
+    sweep = step_sweep(lambda x: (x + 1).exp(), torch.tensor([1e-6, 3e-6]))
+    assert 0.1 <= sweep.recommended / EPS32 ** (1 / 3) <= 10

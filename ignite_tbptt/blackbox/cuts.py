@@ -1,11 +1,10 @@
 """Finds where a model's autograd graph is cut, by watching one forward pass.
 
-The idea: give every parameter (and every input that requires grad) a bit, and let bits flow along the graph. The bits
-that enter a module, or that are read in it by a call whose result carries no gradient, and that do not leave it with
-its outputs, are lost in it. Three witnesses are joined: hooks on every module (what went in and came out), a
-`torch.overrides.TorchFunctionMode` (which call left the graph, and on which source line) and a walk over ``grad_fn``
-(what is reachable, and what only through derivatives that are zero). `cut_report` prints what they saw; `handler` binds
-finite differences to the modules that are named here.
+Every parameter, and every input that requires grad, is a source with a bit of its own. `reach` says which bits a tensor
+depends on; `cut_watch` records which bits each module and each call of torch took in and handed on. Here every source
+that was used and does not arrive at the output is attributed to the innermost module call that lost it, whether or not
+a call of torch explains the loss. `cut_report` prints the findings; `handler` binds finite differences to the modules
+in which values leave torch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_tbptt import nest
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
-from ignite_tbptt.blackbox.forward_watch import CallRecord, CallWatch, ForwardWatch
+from ignite_tbptt.blackbox.cut_watch import CallRecord, CallWatch, Event, ForwardWatch
 from ignite_tbptt.blackbox.module_state import attributes_kept
 from ignite_tbptt.blackbox.reach import Reach, carries_gradient
 from ignite_tbptt.random_streams import random_streams_kept
@@ -51,10 +50,12 @@ def find_graph_cuts(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -
     The model runs once, with gradients enabled and in the train/eval mode it is in. Its parameters, buffers, attributes
     and the random streams of torch, numpy and ``random`` are afterwards as they were; objects that its ``forward``
     changes inside, such as a list it appends to, are not. A model that is wrapped in DistributedDataParallel,
-    DataParallel or ``torch.compile`` is watched inside its wrapper, and named from there.
+    DataParallel or ``torch.compile`` is watched inside its wrapper, and named from there. The backward of an autograd
+    Function of your own runs once, to see which of its inputs it gives a gradient.
 
     What is followed: parameters that require grad and are used in this pass, and inputs that require grad. Where there
-    are neither, the floating-point inputs are followed as if they did.
+    are neither, the floating-point inputs are followed as if they did. What was used and reaches no output is reported,
+    whether or not a call explains it: a branch whose result is dropped, or kept on ``self``, is reported as well.
 
     Args:
         model: a module, or any function of tensors.
@@ -112,19 +113,17 @@ def _sources(
     parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
     def wanted() -> dict[str, Tensor]:
-        labelled = [(_told(model, index), value) for index, value in enumerate(inputs)]
-        labelled += [(f"input {name!r}", value) for name, value in kwargs.items()]
-        pairs = [(label, tensor) for label, value in labelled for tensor in nest.tensors(value) if tensor.requires_grad]
         seen: dict[str, Tensor] = {}
-        for label, tensor in pairs:
+        labelled = [(_told(model, index), value) for index, value in enumerate(inputs)]
+        for label, value in labelled + [(f"input {name!r}", value) for name, value in kwargs.items()]:
+            required = [tensor for tensor in nest.tensors(value) if tensor.requires_grad]
             # a nest of several tensors is one argument: number what is inside it
-            alike = sum(name.startswith(label) for name in seen)
-            seen[f"{label} ({alike + 1})" if alike else label] = tensor
+            seen |= {f"{label} ({k})" if k > 1 else label: tensor for k, tensor in enumerate(required, 1)}
         return seen
 
     sources = parameters | wanted()
     if not sources:
-        inputs, kwargs = _requiring_grad(inputs), _requiring_grad(kwargs)
+        inputs, kwargs = nest.map_tensors(_requiring_grad, (inputs, kwargs))
         sources = wanted()
     if not sources:
         raise ValueError(
@@ -144,18 +143,12 @@ def _told(model: Callable[..., Any], index: int) -> str:
     return f"input {names[index]!r}" if index < len(names) else f"input {index}"
 
 
-def _requiring_grad(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_() if carries_gradient(value) else value
-    if isinstance(value, dict):
-        return {key: _requiring_grad(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_requiring_grad(item) for item in value)
-    return value
+def _requiring_grad(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_() if carries_gradient(tensor) else tensor
 
 
 def _run(model: Callable[..., Any], watch: ForwardWatch, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
         # the hooks of the model itself open and close the record of the whole
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         return torch.func.functional_call(model, buffers, inputs, kwargs)
@@ -167,9 +160,15 @@ def _run(model: Callable[..., Any], watch: ForwardWatch, inputs: tuple[Any, ...]
 
 @contextlib.contextmanager
 def _nothing_left_behind(model: Callable[..., Any]) -> Iterator[None]:
-    """Keep the random streams, run compiled modules eagerly and stay silent about conversions that are the finding."""
+    """Keep random streams, attributes and gradients, run compiled modules eagerly, and do not warn of conversions."""
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    gradients = [parameter.grad for parameter in parameters]
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_streams_kept())
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            # a backward inside the forward must not add to it
+            stack.callback(setattr, parameter, "grad", gradient)
+            parameter.grad = None
         if isinstance(model, nn.Module):
             stack.enter_context(attributes_kept(model))
             if is_compiled(model) and hasattr(torch.compiler, "set_stance"):
@@ -183,12 +182,9 @@ def _nothing_left_behind(model: Callable[..., Any]) -> Iterator[None]:
 def _report(watch: ForwardWatch, outputs: Any) -> GraphCutReport:
     root = watch.root
     assert root is not None
-    arrived = watch.reach.of([tensor for tensor in nest.tensors(outputs) if carries_gradient(tensor)])
-    found: dict[tuple[str, CutKind], _Finding] = {}
-    explained = _explain(root, arrived.live, found)
-    unexplained = arrived.any & ~arrived.live & ~explained
-    if unexplained:
-        found.setdefault(("", CutKind.ZERO_GRADIENT), _Finding(root.type_name)).lost |= unexplained
+    arrived, findings = root.left.live, _Findings()
+    explained = _explain(root, arrived, findings)
+    _attribute(root, _used(root) & ~arrived & ~explained, findings)
     named = watch.reach.named
     return GraphCutReport(
         GraphCut(
@@ -196,11 +192,14 @@ def _report(watch: ForwardWatch, outputs: Any) -> GraphCutReport:
             module_type=finding.type_name,
             kind=kind,
             lost=named(finding.lost),
-            partial=named(finding.lost & arrived.live),
+            partial=named(finding.lost & arrived),
             calls=finding.told(),
             is_function=root.is_function,
+            stopped=named(finding.stopped),
+            moved=finding.moved,
+            leaving=finding.leaving,
         )
-        for (path, kind), finding in found.items()
+        for (path, kind), finding in findings.items()
     )
 
 
@@ -210,58 +209,97 @@ class _Finding:
 
     type_name: str
     lost: int = 0
-    calls: dict[CutCall, int] = field(default_factory=dict)
+    stopped: int = 0
+    moved: int = 0
+    leaving: int = 0
+    calls: dict[tuple[str, tuple[str, int]], tuple[int, CutCall]] = field(default_factory=dict)
 
     def told(self) -> tuple[CutCall, ...]:
-        return tuple(sorted(self.calls, key=self.calls.__getitem__))
+        return tuple(call for _, call in sorted(self.calls.values(), key=lambda ranked: ranked[0]))
 
 
-def _explain(call: CallRecord, arrived: int, found: dict[tuple[str, CutKind], _Finding]) -> int:
-    """Attribute what is lost to the innermost calls; returns the bits accounted for in this call and below.
+class _Findings(dict[tuple[str, CutKind], _Finding]):
+    """Findings by module and kind."""
+
+    def add(self, call: CallRecord, lost: int) -> None:
+        """Take in what one call of a module lost."""
+        dead = lost & call.left.any
+        kinds = {CutKind.UNREACHABLE: lost & ~dead, CutKind.ZERO_GRADIENT: dead}
+        for kind, bits in kinds.items() if call.gives_grad else [(CutKind.NO_GRAD_FN, lost)]:
+            if bits:
+                self._add(call, kind, bits)
+
+    def _add(self, call: CallRecord, kind: CutKind, lost: int) -> None:
+        finding = self.setdefault((call.path, kind), _Finding(call.type_name))
+        finding.lost |= lost
+        finding.moved = max(finding.moved, call.moved)
+        finding.leaving = max(finding.leaving, sum(call.leaving.values()))
+        left_torch = stopped = 0
+        for event in call.events:
+            left_torch |= event.lost if event.leaves_torch else 0
+            stopped |= event.lost if event.stops else 0
+        finding.stopped |= lost & stopped & ~left_torch
+        for event in _witnesses(call.events, lost):
+            known = finding.calls.get((event.name, event.site))
+            if known is None or event.leaves_torch:
+                finding.calls[event.name, event.site] = event.rank, event.call
+
+
+def _explain(call: CallRecord, arrived: int, findings: _Findings) -> int:
+    """Attribute what is seen to be lost to the innermost calls; returns the bits accounted for in this call and below.
 
     A module that returns no floating-point tensor cannot carry a gradient whatever is done to it, and one that its
     caller ran without gradients is not at fault: both leave the matter, and their events, to the caller.
     """
     explained = 0
     for child in call.children:
-        explained |= _explain(child, arrived, found)
-    answerable = (call.gives_float and call.grad_enabled) or call.parent is None
-    if not answerable:
+        explained |= _explain(child, arrived, findings)
+    if not _answers(call):
         assert call.parent is not None
         call.parent.events.extend(call.events)
+        call.parent.leaving |= call.leaving
         return explained
     severed = not call.gives_grad
-    read = 0
-    for _, bits, _ in call.events:
-        read |= bits
+    lost = 0
+    for event in call.events:
+        lost |= event.lost
     # What went in and was not seen to be read may have been meant to be ignored, unless nothing at all came through.
-    lost = (read | (call.entered if severed and call.gives_float else 0)) & ~call.left.live & ~explained
+    lost = (lost | (call.entered if severed and call.gives_float else 0)) & ~call.left.live & ~explained
     if not severed:
         lost &= ~arrived
-    if not lost:
-        return explained
-    for kind, bits in _by_kind(call, lost, severed):
-        finding = found.setdefault((call.path, kind), _Finding(call.type_name))
-        finding.lost |= bits
-        for event, rank in _witnesses(call.events, bits):
-            finding.calls.setdefault(event, rank)
+    findings.add(call, lost)
     return explained | lost
 
 
-def _by_kind(call: CallRecord, lost: int, severed: bool) -> list[tuple[CutKind, int]]:
-    if severed:
-        return [(CutKind.NO_GRAD_FN, lost)]
-    dead = lost & call.left.any
-    pairs = [(CutKind.UNREACHABLE, lost & ~dead), (CutKind.ZERO_GRADIENT, dead)]
-    return [(kind, bits) for kind, bits in pairs if bits]
+def _attribute(call: CallRecord, lost: int, findings: _Findings) -> int:
+    """Attribute what was used and does not arrive, no call says why, to the last call that had it and lost it."""
+    own = lost & _used(call) & ~call.left.live
+    found = 0
+    for child in reversed(call.children):
+        found |= _attribute(child, own & ~found, findings)
+    if not _answers(call):
+        return found
+    findings.add(call, own & ~found)
+    return own
 
 
-def _witnesses(events: list[tuple[CutCall, int, int]], lost: int) -> list[tuple[CutCall, int]]:
+def _answers(call: CallRecord) -> bool:
+    return (call.gives_float and call.grad_enabled) or call.parent is None
+
+
+def _used(call: CallRecord) -> int:
+    bits = call.used
+    for child in call.children:
+        bits |= _used(child)
+    return bits
+
+
+def _witnesses(events: list[Event], lost: int) -> list[Event]:
     """For every lost bit the most telling calls that read it; the others are bystanders."""
-    best: list[tuple[CutCall, int]] = []
+    best: list[Event] = []
     for wanted in range(3):
-        best += [(event, rank) for event, bits, rank in events if rank == wanted and bits & lost]
-        for _, bits, rank in events:
-            if rank == wanted:
-                lost &= ~bits
+        best += [event for event in events if event.rank == wanted and event.lost & lost]
+        for event in events:
+            if event.rank == wanted:
+                lost &= ~event.lost
     return best
