@@ -5,7 +5,8 @@ The idea, for an output cotangent v, with no Jacobian ever formed::
     g = sum_d  < v , sum_j w_j f(x + c_j h_d d) > / h_d  *  d_dual
 
 `Estimator.plan` says where f is to be evaluated, `quotients` turns what came out into slopes of every output, and
-`contract` turns these into slopes of <v, f>; f itself is never called here. Any stencil pairs with any directions and any step size; the named estimators only fill the slots.
+`contract` turns these into slopes of <v, f>; f itself is never called here. Any stencil pairs with any directions and
+any step size; the named estimators only fill the slots.
 """
 
 from __future__ import annotations

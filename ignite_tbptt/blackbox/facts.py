@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
+from ignite_tbptt.random_streams import RandomStreams
 from ignite_tbptt.warn import warn
 
 __all__ = ["Facts"]
@@ -30,12 +31,14 @@ class Facts:
         stackable: whether the rows of several points may share a call, by key.
         told: warnings that were given.
         calls: nodes of forward calls whose graph is alive, by number.
+        draws: whether some evaluation drew random numbers; None before the first.
     """
 
     def __init__(self, identity: str) -> None:
         self.stackable: dict[Any, bool] = {}
         self.told: set[Any] = set()
         self.calls: dict[int, Any] = {}
+        self.draws: bool | None = None
         self._gradients: dict[Any, int] = {}
         self._number = 0
         # of blackboxes that are alive and called alike each draws directions of its own
@@ -55,6 +58,10 @@ class Facts:
         vars(twin).update(vars(self), stackable=dict(self.stackable), told=set(self.told), calls={})
         twin._gradients = dict(self._gradients)
         return twin
+
+    def streams(self) -> RandomStreams:
+        """Where the random streams stand, worked out in full for whoever may draw."""
+        return RandomStreams.latest() if self.draws is False else RandomStreams.now()
 
     def next_number(self) -> int:
         """The number of a forward call, from which its random directions are drawn."""

@@ -320,23 +320,8 @@ class FlatCall:
 
     def _spelled(self, wanted: Any) -> str:
         """The path to a leaf of the template: to the place of a tensor, given its number, or to a value itself."""
-
-        def below(value: Any, name: str) -> str | None:
-            if isinstance(value, _Place):
-                if value.module is not None and type(wanted) is int:
-                    inside = wanted - value.index
-                    known = value.module.names
-                    return f"parameter {known[inside]}" if 0 <= inside < len(known) else None
-                return name if type(wanted) is int and value.index == wanted else None
-            pairs = None if isinstance(value, (*_PASSED, np.ndarray, Tensor)) else nest.children(value)
-            if pairs is None:
-                return name if value is wanted and type(wanted) is not int else None
-            by_field = dataclasses.is_dataclass(value) or hasattr(value, "_fields")
-            found = (below(child, f"{name}.{key}" if by_field else f"{name}[{key!r}]") for key, child in pairs)
-            return next((text for text in found if text), None)
-
         roots = [(self._parameter(k), arg) for k, arg in enumerate(self._args)] + list(self._kwargs.items())
-        return next((text for name, value in roots if (text := below(value, name))), "an argument")
+        return next((text for name, value in roots if (text := _path(value, name, wanted))), "an argument")
 
     def _parameter(self, index: int) -> str:
         with_names = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -348,6 +333,21 @@ class FlatCall:
         except (TypeError, ValueError):
             parameters = []
         return parameters[index] if index < len(parameters) else f"args[{index}]"
+
+
+def _path(value: Any, name: str, wanted: Any) -> str | None:
+    if isinstance(value, _Place):
+        if value.module is not None and type(wanted) is int:
+            inside = wanted - value.index
+            known = value.module.names
+            return f"parameter {known[inside]}" if 0 <= inside < len(known) else None
+        return name if type(wanted) is int and value.index == wanted else None
+    pairs = None if isinstance(value, (*_PASSED, np.ndarray, Tensor)) else nest.children(value)
+    if pairs is None:
+        return name if value is wanted and type(wanted) is not int else None
+    by_field = dataclasses.is_dataclass(value) or hasattr(value, "_fields")
+    found = (_path(child, f"{name}.{key}" if by_field else f"{name}[{key!r}]", wanted) for key, child in pairs)
+    return next((text for text in found if text), None)
 
 
 def _check_dim(dim: Any, in_dims: Any) -> None:
@@ -391,41 +391,39 @@ class Outputs:
         Raises:
             TypeError: there is no tensor, array or float in it, or one is complex or masked.
         """
-        tensors: list[Tensor] = []
-        foreign: list[bool] = []
+        found = cls([], [], None, [])
         kinds: set[str] = set()
-        passed: list[str] = []
-
-        def taken(leaf: Any) -> Any:
-            tensor = _as_tensor(leaf, label)
-            if tensor is None:
-                kinds.add(type(leaf).__name__)
-                pairs = None if isinstance(leaf, _PASSED) else nest.children(leaf)
-                if pairs is not None:
-                    kinds.discard(type(leaf).__name__)
-                    return nest.rebuild(leaf, [taken(child) for _, child in pairs])
-                if not isinstance(leaf, (*_PASSED, Tensor)):
-                    passed.append(type(leaf).__name__)
-                return leaf
-            if tensor.is_complex():
-                raise TypeError(
-                    f"{label} returned complex numbers, which have no gradient here; return "
-                    "torch.view_as_real(output), or its real and imaginary parts"
-                )
-            if not isinstance(leaf, Tensor):
-                kinds.add(type(leaf).__name__)
-            tensors.append(tensor)
-            foreign.append(not isinstance(leaf, Tensor))
-            return _Place(len(tensors) - 1)
-
-        template = taken(value)
-        if not any(tensor.is_floating_point() for tensor in tensors):
-            found = sorted(kinds) or ["integer tensors"]
+        template = found._taken(value, label, kinds)
+        if not any(tensor.is_floating_point() for tensor in found.tensors):
+            only = ", ".join(sorted(kinds)) or "integer tensors"
             raise TypeError(
                 f"{label} returned nothing to differentiate: no tensor, numpy array or Python float of floating point "
-                f"among its outputs, only {', '.join(found)}; return the numbers themselves, or leave {label} unwrapped"
+                f"among its outputs, only {only}; return the numbers themselves, or leave {label} unwrapped"
             )
-        return cls(tensors, foreign, template, passed)
+        return cls(found.tensors, found.foreign, template, found.passed)
+
+    # Recursion is by method: an inner function that calls itself would keep the outputs, and their graph, until the
+    # next garbage collection.
+    def _taken(self, leaf: Any, label: str, kinds: set[str]) -> Any:
+        tensor = _as_tensor(leaf, label)
+        if tensor is None:
+            pairs = None if isinstance(leaf, _PASSED) else nest.children(leaf)
+            if pairs is not None:
+                return nest.rebuild(leaf, [self._taken(child, label, kinds) for _, child in pairs])
+            kinds.add(type(leaf).__name__)
+            if not isinstance(leaf, _PASSED):
+                self.passed.append(type(leaf).__name__)
+            return leaf
+        if tensor.is_complex():
+            raise TypeError(
+                f"{label} returned complex numbers, which have no gradient here; return "
+                "torch.view_as_real(output), or its real and imaginary parts"
+            )
+        if not isinstance(leaf, Tensor):
+            kinds.add(type(leaf).__name__)
+        self.tensors.append(tensor)
+        self.foreign.append(not isinstance(leaf, Tensor))
+        return _Place(len(self.tensors) - 1)
 
     @property
     def is_leaf(self) -> bool:
@@ -434,14 +432,14 @@ class Outputs:
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Any:
         """The nest again, with other tensors in the places of these."""
+        return _filled(self.template, tensors)
 
-        def put(value: Any) -> Any:
-            if isinstance(value, _Place):
-                return tensors[value.index]
-            pairs = None if isinstance(value, (*_PASSED, Tensor)) else nest.children(value)
-            return value if pairs is None else nest.rebuild(value, [put(child) for _, child in pairs])
 
-        return put(self.template)
+def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(value, _Place):
+        return tensors[value.index]
+    pairs = None if isinstance(value, (*_PASSED, Tensor)) else nest.children(value)
+    return value if pairs is None else nest.rebuild(value, [_filled(child, tensors) for _, child in pairs])
 
 
 def copied(value: Any) -> Tensor:

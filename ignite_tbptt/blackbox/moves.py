@@ -181,7 +181,7 @@ class RandomMoves(Moves):
             moved = weighted(self.points(move, move + 1)[0].unsqueeze(0), self.block.x, weights)[0].div_(self.sizes)
             wanted = self.drawn(self.numbers[move]).to(moved)
             found.append((moved * wanted).sum(-1, dtype=_wide_type(moved)))
-            found[-1] /= wanted.square_().sum(-1, dtype=_wide_type(moved))
+            found[-1] /= (wanted * wanted).sum(-1, dtype=_wide_type(moved))
         return torch.stack(found)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """What autograd sees of a blackbox: the only torch.autograd.Function of the package, its transforms and tangents.
 
-The idea: a node holds the `Record` of its forward; its backward asks `round` for the gradients, and tells it which other
-calls of the same blackbox the running backward will reach.
+The idea: a node holds the `Record` of its forward; its backward asks `round` for the gradients, and tells it which
+other calls of the same blackbox the running backward will reach.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ def _refuse_complex(record: Record, tensors: Sequence[Tensor]) -> None:
 
 class _FiniteDifferences(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, record: Record, known: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output = record.forward(tensors) if known is None else record.known(*known, tensors)
+    def forward(
+        ctx: Any, record: Record, known: tuple[Any, RandomStreams] | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        output = record.forward(tensors) if known is None else record.known(known[0], known[1], tensors)
         _remember(ctx, record, tensors, output)
         calls, number = record.facts.calls, record.number
         calls[number] = weakref.ref(ctx, lambda _: calls.pop(number, None))

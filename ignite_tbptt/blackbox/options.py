@@ -63,12 +63,16 @@ def make_options(
         raise TypeError(
             f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
         )
-    if executor is not None and (isinstance(executor, type) or not callable(executor)):
-        if executor is not map:
-            raise TypeError(
-                f"executor must be called as map(function, tasks) is, got {executor!r}: give the map of a pool, "
-                "ThreadPoolExecutor(4).map say, or make one by calling it, SerialEvaluation() say"
-            )
+    if executor is not None and executor is not map and (isinstance(executor, type) or not callable(executor)):
+        raise TypeError(
+            f"executor must be called as map(function, tasks) is, got {executor!r}: give the map of a pool, "
+            "ThreadPoolExecutor(4).map say, or make one by calling it, SerialEvaluation() say"
+        )
+    if in_dims is None and isinstance(executor, StackedEvaluation) and executor.required:
+        raise ValueError(
+            "StackedEvaluation needs to know which axis the rows are at, and that they are independent: give in_dims, "
+            "as in torch.vmap, or use SerialEvaluation()"
+        )
     if dtype is None and numpy:
         dtype = torch.float64
     return Options(

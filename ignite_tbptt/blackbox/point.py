@@ -153,7 +153,7 @@ def evaluated(jobs: Sequence[Job]) -> list[list[Tensor]]:
     for number, result in enumerate(executor(run, tasks())):
         job, own, where, copies = calls[number]
         record, point = job.point.record, job.point
-        outputs = record.count.taken(result, point.flat.label, where, copies, False)
+        outputs = record.count.taken(result, point.flat.label, where, copies * len(point.records), False)
         _check_kind(point, outputs, where, copies)
         tensors = [outputs.tensors[k] for k in point.floats]
         if copies > 1 and point.out_dims is not None:

@@ -50,6 +50,13 @@ def _repeat(point: Point) -> None:
     """Evaluate at x once more."""
     record = point.record
     again = evaluate_at(record, [x.clone() for x in point.x], "at x once more", 1, point)
+    pairs = [(again.tensors[k], point.first.tensors[k]) for k in point.floats]
+    if all(_same_bits(now, was) for now, was in pairs):
+        return
+    if record.by_hook and all(_near(point, now, was) for now, was in pairs):
+        # compiled code adds up in another order than the function itself
+        point.first = record.first = again
+        again = evaluate_at(record, [x.clone() for x in point.x], "at x once more", 1, point)
     for k in point.floats:
         if _same_bits(again.tensors[k], point.first.tensors[k]):
             continue
@@ -129,9 +136,7 @@ def _stack(point: Point, moved: Sequence[Tensor], out: Outputs) -> bool:
         both = evaluate_at(record, pair, "a stack of two points", 2, point).tensors
         for k, dim in zip(point.floats, point.out_dims or (), strict=True):
             want = torch.stack([out.tensors[k], point.first.tensors[k]])
-            scale = float(want.abs().amax())
-            got = _unstacked(both[k], dim, 2)
-            if not torch.allclose(got, want, rtol=0, atol=scale * point.eps**0.5, equal_nan=True):
+            if not _near(point, _unstacked(both[k], dim, 2), want):
                 raise BlackboxError(
                     f"{point.flat.label} gives other rows in a batch of twice the size, so that its points cannot be "
                     "stacked; use SerialEvaluation()"
@@ -212,6 +217,12 @@ def _change_at(point: Point, k: int, position: int, h: float | Tensor, used: Seq
     changes = torch.nan_to_num(changes, nan=math.inf, posinf=math.inf)
     changes = changes[changes > 0]
     return float(changes.min()) if len(changes) else None
+
+
+def _near(point: Point, found: Tensor, wanted: Tensor) -> bool:
+    """Whether two outputs are the same up to what rounding may do."""
+    scale = float(wanted.abs().nan_to_num(0, 0, 0).amax())
+    return torch.allclose(found, wanted, rtol=0, atol=scale * point.eps**0.5, equal_nan=True)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -46,6 +46,7 @@ class Record:
         self.first: Outputs | None = None  # in the precision of the evaluations
         self.streams: RandomStreams | None = None
         self.draws = False
+        self.by_hook = False  # the forward was not one of the evaluations
         self.out_dims: list[int] | None = None
         self.number = self.times = 0
         self.held: Any = None  # slopes of outputs that an earlier backward has left here
@@ -62,20 +63,26 @@ class Record:
         if not self.differentiable:
             return self._finish(self._evaluated(tensors), tensors)
         with ALONE:
-            streams = RandomStreams.latest()
+            streams = self.facts.streams()
             outputs = self._evaluated(tensors)
-            self.streams, self.draws = streams, streams.have_moved()
+            self.drew_since(streams)
         self.first = outputs
         return self._finish(outputs, tensors)
 
     def known(self, value: Any, streams: RandomStreams, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Take outputs that were computed already, and the random streams from before they were."""
         self._prepare(tensors)
+        self.by_hook = True
         outputs = Outputs.of(value, self.flat.label)
-        self.streams, self.draws = streams, streams.have_moved()
+        self.drew_since(streams)
         if not (self.autocast or self.options.dtype or self.options.device):
             self.first = outputs
         return self._finish(outputs, tensors)
+
+    def drew_since(self, streams: RandomStreams) -> None:
+        """Hold the streams as they were before an evaluation, and whether it drew from them."""
+        self.streams, self.draws = streams, streams.have_moved()
+        self.facts.draws = self.draws or bool(self.facts.draws)
 
     def _prepare(self, tensors: Sequence[Tensor]) -> None:
         # what is evaluated with autocast off differs from what the module itself computed under it

@@ -25,7 +25,6 @@ from ignite_tbptt.blackbox.point import Job, Point, evaluated, key_of
 from ignite_tbptt.blackbox.probes import doubt_if_zero, verify
 from ignite_tbptt.blackbox.record import ALONE, Record, autocast_off
 from ignite_tbptt.blackbox.task import SerialEvaluation, size_of
-from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["HELD_BYTES", "gradients"]
 
@@ -78,7 +77,7 @@ def gradients(
     """
     start = time.perf_counter()
     with ALONE, torch.no_grad(), autocast_off(record.tensors):
-        before, moved = RandomStreams.latest(), True
+        before, moved = record.facts.streams(), True
         held, record.held = record.held, None
         slopes: Any = held and held.slopes
         try:
@@ -89,7 +88,7 @@ def gradients(
             if moved and not record.draws:
                 # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
                 # included.
-                record.draws, record.first, record.held = True, None, None
+                record.draws, record.facts.draws, record.first, record.held = True, True, None, None
                 held, slopes = _evaluate(record, [record])
                 parts = _contracted(record, held, slopes, cotangents)
         finally:

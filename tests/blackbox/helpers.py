@@ -15,7 +15,7 @@ from torch.func import functional_call
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
-from ignite_tbptt.blackbox.task import SerialEvaluation, StackedEvaluation
+from ignite_tbptt.blackbox.task import Executor, SerialEvaluation, StackedEvaluation
 
 STENCILS: dict[str, Stencil] = {
     "forward": forward(),
