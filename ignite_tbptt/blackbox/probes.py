@@ -182,7 +182,7 @@ def _step_that_moves(point: Point, k: int, position: int, used: Sequence[int]) -
 
     None where no step changes them, or where the one that was taken does already.
     """
-    x, estimator = point.x[k], point.record.options.estimator
+    x, estimator = point.x[k], point.record.estimator
     reach = max(1.0, float(x.abs().max()))
     try:
         if _change_at(point, k, position, reach, used) is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import contract, quotients
+from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Coordinates, Moves
 from ignite_tbptt.blackbox.point import Job, Point, evaluated, key_of
 from ignite_tbptt.blackbox.probes import doubt_if_zero, verify
@@ -105,7 +106,7 @@ def _evaluate(record: Record, reachable: Sequence[Record]) -> tuple[_Held, Any]:
     """Evaluate the records together that can be, and leave the slopes of the others with them."""
     others = [other for other in reachable if other is not record and other.held is None and other.unchanged]
     others = [other for other in others if key_of(other) == key_of(record) and other.draws == record.draws]
-    verify(record, 1 + len(others))
+    measure_steps(record, verify(record, 1 + len(others)))
     alike = _merged(record, others)
     point = Point(alike)
     groups = _groups(point)
@@ -200,7 +201,7 @@ def _moves(point: Point, group: Group) -> Iterator[Moves]:
     record = point.record
     portion = max(1, min(_MOST_AT_A_TIME, _PORTION_BYTES // max(1, size_of(point.values))))
     draw = record.facts.draw(record.number, record.times)
-    return record.options.estimator.plan(block, point.eps, portion, draw)
+    return record.estimator.plan(block, point.eps, portion, draw)
 
 
 class _Names(Sequence[str]):
@@ -249,7 +250,7 @@ def _slopes_of(job: Job, values: Sequence[Tensor]) -> _Slopes:
 
 
 def _inside(point: Point, moves: Moves) -> bool:
-    step_size, block = point.record.options.estimator.step_size, moves.block
+    step_size, block = point.record.estimator.step_size, moves.block
     parts = zip(block.positions, block.apart(moves.points(0, moves.count)), strict=True)
     return all(torch.equal(step_size.inside(part, position), part) for position, part in parts)
 
