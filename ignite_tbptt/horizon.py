@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from ignite.engine import Engine, Events
 from ignite_tbptt import nest
 from ignite_tbptt.decay import GradientDecay, require_tolerance
 from ignite_tbptt.hidden import detach_hidden, device_of, move_hidden, restore_precision
+from ignite_tbptt.model_state import ModelState
 from ignite_tbptt.optimization import checked_loss
-from ignite_tbptt.recompute import buffers_of, buffers_set_to
+from ignite_tbptt.random_streams import random_streams_kept
 from ignite_tbptt.sequence import Cut
 from ignite_tbptt.truncation import require_steps
 
@@ -319,18 +320,18 @@ def _first_state(carry: Any, state: Any, x: Any) -> Any:
 
 
 @contextmanager
-def _no_trace(*candidates: Any) -> Iterator[None]:
-    """Run modules in training mode and leave random numbers, buffers and modes as they were."""
-    modules = [module for module in candidates if isinstance(module, torch.nn.Module)]
-    modes = [(child, child.training) for module in modules for child in module.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(buffers_set_to(buffers_of(*modules)))
+def _no_trace(model: Any, *others: Any) -> Iterator[None]:
+    """Run a block in training mode and put back random numbers, parameters, buffers, attributes and modes."""
+    state = ModelState.of(model, *others, parameters=True)
+    if state.lazy:
+        raise ValueError(
+            f"the model has lazy parameters, {', '.join(state.lazy)}, whose shapes its first forward decides: call the "
+            "model once before the horizon is measured."
+        )
+    with random_streams_kept():
         try:
-            for module in modules[:1]:  # the model, as the trainer does
-                module.train()
+            if isinstance(model, torch.nn.Module):
+                model.train()
             yield
         finally:
-            for child, training in modes:
-                child.training = training
+            state.restore()
