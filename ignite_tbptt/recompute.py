@@ -160,12 +160,12 @@ class _Segment:
             raise RuntimeError(
                 "checkpoint_segments: a segment that was run again for its gradient gave other results than the first "
                 "time. The model or loss_fn keeps a state, or draws random numbers, where they cannot be put back: "
-                f"{_REACH}. Return the state as part of the hidden state, or leave out checkpoint_segments."
+                f"{OUT_OF_REACH}. Return the state as part of the hidden state, or leave out checkpoint_segments."
             )
         return results, given
 
 
-_REACH = "in an iterator, a file, an extension, another process or the globals of another file, say"
+OUT_OF_REACH = "in an iterator, a file, an extension, another process or the globals of another file, say"
 
 
 class _Again(AbstractContextManager[None]):
@@ -343,8 +343,8 @@ class RerunCheck:
         if not alike(*found):
             raise ValueError(
                 "windows that run time steps again start from an earlier hidden state, but the model keeps a state of "
-                f"its own that is not rewound: {', '.join(changed) or _REACH}. Return it as part of the hidden state, "
-                "(y_pred, hidden), or use a policy whose windows do not overlap (FixedTruncation)."
+                f"its own that is not rewound: {', '.join(changed) or OUT_OF_REACH}. Return it as part of the hidden "
+                "state, (y_pred, hidden), or use a policy whose windows do not overlap (FixedTruncation)."
             )
 
 
