@@ -86,8 +86,8 @@ class AdaptiveTruncation:
 
     def detach(self, engine: Engine) -> None:
         """Follow the horizon no more; `tbtt_step` and the learning rates stay what they are."""
-        if self.horizon.engine is engine:
-            self.horizon.remove_listener(self._update)
+        if self.horizon.engine is engine and self._update in self.horizon.listeners:
+            self.horizon.listeners.remove(self._update)
 
     def _update(self, engine: Engine) -> None:
         state: Any = engine.state

@@ -49,10 +49,12 @@ class GradientHorizon:
     many-to-one tasks, the window lies there. `engine.state.gradient_decay_rate` and `engine.state.gradient_horizon`
     (infinity where gradients do not decay) are there for loggers, as
     ``OutputHandler("horizon", state_attributes=["gradient_decay_rate", "gradient_horizon"])``. It costs about
-    `samples` times the backward of `window` steps, and their memory. `prepare_batch` and hooks of the model are called
+    `samples` times the backward of `window` steps, their memory, and a copy of the weights. `prepare_batch` and hooks
+    of the model are called
     for its steps as well. Ranks take the mean of what they measure, so that they get the same recommendation.
 
     Attributes:
+        listeners: what is called after every measurement at the event; see `on_measured`.
         batch_steps: time steps of the batch that was measured last, of the shortest where ranks differ.
 
     Args:
@@ -86,7 +88,7 @@ class GradientHorizon:
         self._handle: Any = None
         self.batch_steps = 0
         self._decay: GradientDecay | None = None
-        self._listeners: list[Callable[[Engine], None]] = []
+        self.listeners: list[Callable[[Engine], None]] = []
 
     @property
     def decay(self) -> GradientDecay:
@@ -148,17 +150,7 @@ class GradientHorizon:
 
     def on_measured(self, listener: Callable[[Engine], None]) -> None:
         """Call `listener(engine)` after every measurement at the event."""
-        self._listeners.append(listener)
-
-    def remove_listener(self, listener: Callable[[Engine], None]) -> None:
-        """Call `listener` no more."""
-        if listener in self._listeners:
-            self._listeners.remove(listener)
-
-    @property
-    def listeners(self) -> tuple[Callable[[Engine], None], ...]:
-        """What is called after every measurement at the event."""
-        return tuple(self._listeners)
+        self.listeners.append(listener)
 
     def _measure_and_tell(self, engine: Engine) -> None:
         if not self._measured(engine):
@@ -170,7 +162,7 @@ class GradientHorizon:
         state: Any = engine.state
         state.gradient_decay_rate = self.decay.rate
         state.gradient_horizon = math.inf if self.recommended is None else self.recommended
-        for listener in list(self._listeners):
+        for listener in list(self.listeners):
             listener(engine)
 
     def measure(self, engine: Engine) -> GradientDecay:
@@ -331,6 +323,8 @@ def _no_trace(model: Any, *others: Any) -> Iterator[Callable[[], None]]:
         What puts everything back in the middle of the block.
     """
     state, streams = ModelState.of(model, *others, parameters=True), RandomStreams.now()
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    modes = [module.training for module in modules]  # of wrappers, too, which a snapshot does not enter
     if state.lazy:
         raise ValueError(
             f"the model has lazy parameters, {', '.join(state.lazy)}, whose shapes its first forward decides: call the "
@@ -348,6 +342,8 @@ def _no_trace(model: Any, *others: Any) -> Iterator[Callable[[], None]]:
         yield rewind
     finally:
         streams.restore()
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
         state.restore()
 
 

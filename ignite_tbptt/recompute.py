@@ -189,7 +189,8 @@ class _Again(AbstractContextManager[None]):
     def __enter__(self) -> None:
         with ExitStack() as stack:
             stack.callback(torch.clear_autocast_cache)
-            stack.enter_context(self._streams.replayed())
+            if self._streams.have_moved():
+                stack.enter_context(self._streams.replayed())
             for context in self._autocast:
                 stack.enter_context(context())
             torch.clear_autocast_cache()

@@ -177,10 +177,10 @@ def create_supervised_tbptt_trainer(
             not computed and no step is taken.
         checkpoint_segments: keep of each segment only its inputs and the state it starts from, and run it again for
             its gradient: the activations of one segment at a time, for one more forward pass. The result is the same,
-            random numbers, buffers and attributes included, but for the order in which gradients are summed. For windows of many
-            segments, as `FullBackpropagation` has them. Segments that lead to anything but parameters of `model` and
-            `loss_fn`, or to parameters with hooks, are left to ``torch.utils.checkpoint``, which takes longer. A
-            second run that gives other values, because the model keeps a state out of reach, raises RuntimeError.
+            random numbers, buffers and attributes included, but for the order in which gradients are summed. For
+            windows of many segments, as `FullBackpropagation` has them. Segments that lead to anything but parameters
+            of `model` and `loss_fn`, or to parameters with hooks, are left to ``torch.utils.checkpoint``, which takes
+            longer. A second run that gives other values, from a state out of reach, raises RuntimeError.
 
     Returns:
         The engine.
