@@ -20,11 +20,12 @@ import torch
 from ignite.engine import DeterministicEngine, Engine, Events
 
 from ignite_tbptt import nest, ranks
+from ignite_tbptt.events import WindowEngine
 
 KEY = "tbptt"
 
 
-class TimeEngine(Engine):
+class TimeEngine(WindowEngine):
     """An Ignite engine whose state dict also holds the counters of time, the carried state and the settings."""
 
     state: Any  # Ignite's State, which takes the attributes of time as it takes a user's
@@ -172,6 +173,7 @@ class TimeState:
         inside_batch: some windows of a batch have been run, and some have not.
         shared_step: the windows that share the next optimizer step.
         layout_is_unknown: no chunk has shown yet whether the model takes the time axis for time.
+        weighs_losses: chunks have a `loss_weight`.
         gradients_were_seen: a first backward has been looked at for parameters without a gradient.
         resume_data_at: where a loaded checkpoint wants the data to go on; None where none was loaded.
     """
@@ -184,6 +186,7 @@ class TimeState:
     inside_batch: bool = False
     shared_step: Any = None
     layout_is_unknown: bool = True
+    weighs_losses: bool = False
     gradients_were_seen: bool = False
     resume_data_at: int | None = None
 

@@ -5,7 +5,6 @@ It shares the splitter, the carried state and the model call with the trainer; m
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,14 @@ from ignite.engine import Engine
 from ignite.metrics import Loss, MeanAbsoluteError, MeanPairwiseDistance, MeanSquaredError, Metric
 
 from ignite_tbptt.checkpoint import track_position
-from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, fire, register_time_events, stop_requested
-from ignite_tbptt.forward import ChunkForward, call_model, prepare_batch, unchanged
+from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, WindowEngine, fire, register_time_events, stop_requested
+from ignite_tbptt.forward import ChunkForward, call_model, check_layout, count_steps, prepare_batch, unchanged
 from ignite_tbptt.hidden import HiddenCarry, warn_if_bidirectional
+from ignite_tbptt.output import BatchOutput
 from ignite_tbptt.policies import as_policy, check_steps
 from ignite_tbptt.sequence import SplitBatch, split_sequence
 from ignite_tbptt.truncation import plan_windows
+from ignite_tbptt.warn import warn
 
 _prepare_batch = prepare_batch  # the argument of that name hides the function
 
@@ -37,43 +38,49 @@ class TbpttEvaluationStep:
     forward: ChunkForward
     carry: HiddenCarry
     split_batch: SplitBatch
+    loss_weight: Callable[[Any, Any], Any] | None
     output_transform: Callable[[Any, Any, Any], Any]
     counts_rows: tuple[str, ...]
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
-        """Evaluate one batch and return the output of its last chunk."""
+        """Evaluate one batch and return its output, made of those of the chunks that count."""
         state: Any = engine.state
         length, cut = self.split_batch(batch, self.carry.dim)
         plan = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
         state.time_iterations_per_sequence = len(plan)
         self._warn_if_rows_are_counted_again(len(plan))
         hidden = self.carry.through(state, plan, cut)
+        output = BatchOutput()
         for window in plan:
-            (segment,) = window
+            ((start, stop, *_),) = window
             state.time_iteration += 1
+            state.window_start, state.window_stop = start, stop
             fire(engine, Tbptt_Events.TIME_ITERATION_STARTED)
             self.forward.model.eval()  # every time: a handler may have trained
             with torch.no_grad():
-                x, y = self.forward.prepare(cut(segment.start, segment.stop - segment.start))
+                x, y = self.forward.prepare(cut(start, stop - start))
                 with self.forward.autocast(x):
                     y_pred, reached = self.forward.predict(x, hidden.start(x))
-                hidden.reach(segment.stop, reached)
-                state.counted_steps = 0 if y is None else segment.stop - segment.start
+                hidden.reach(stop, reached)
+                if state.tbptt.layout_is_unknown:
+                    state.tbptt.layout_is_unknown = not check_layout(self.forward.model, x, reached, self.carry.dim)
+                state.counted_steps = count_steps(self.loss_weight, x, y, stop - start)
                 state.output = self.output_transform(x, y, y_pred)
+            if state.counted_steps:
+                output.add(state.output, state.counted_steps)
             fire(engine, Tbptt_Events.TIME_ITERATION_COMPLETED)
             if stop_requested(engine):
                 break
         hidden.leave()
-        return state.output
+        state.counted_steps = output.weight
+        return output.result()
 
     def _warn_if_rows_are_counted_again(self, chunks: int) -> None:
         if self.counts_rows and chunks > 1:
-            warnings.warn(
+            warn(
                 f"the metrics {', '.join(self.counts_rows)} divide by the rows of what they get, and with "
                 f"dim={self.carry.dim} they get the same rows in each of {chunks} chunks. Give "
-                "output_transform=time_steps_as_samples, or a Loss with batch_size=torch.numel.",
-                UserWarning,
-                stacklevel=2,
+                "output_transform=time_steps_as_samples, or a Loss with batch_size=torch.numel."
             )
 
 
@@ -98,10 +105,10 @@ def time_steps_as_samples(x: Any, y: Any, y_pred: Any) -> tuple[Any, Any]:
     return y_pred.flatten(0, 1), y if y is None else y.flatten(0, 1)
 
 
-def _counts_rows(metric: Metric) -> bool:
+def _counts_rows(metric: Metric, loss_weight: Any) -> bool:
     """Return whether a metric divides by the size of the first axis, which is that of the rows unless dim is 0."""
     if isinstance(metric, Loss):
-        return getattr(metric, "_batch_size", None) is len
+        return loss_weight is None and getattr(metric, "_batch_size", None) is len
     transform = getattr(metric, "_output_transform", None)
     made_by_ignite = str(getattr(transform, "__module__", "")).startswith("ignite.")
     return made_by_ignite and isinstance(metric, (MeanAbsoluteError, MeanSquaredError, MeanPairwiseDistance))
@@ -123,12 +130,14 @@ def create_supervised_tbptt_evaluator(
     stateful: bool = False,
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
+    loss_weight: Callable[[Any, Any], Any] | None = None,
 ) -> Engine:
     """Create an evaluator that works through sequences in chunks, in the memory of one chunk.
 
     Metrics are updated after every chunk that has a target and computed at the end of the epoch, so they are those over
-    the whole output. The state goes from chunk to chunk; the result does not depend on `tbtt_step`, unless the model
-    is bidirectional, or a metric divides by rows that come again in every chunk (see below).
+    the whole output. A metric that is attached to the engine later takes ``usage=EpochTimeWise()``. The state goes from
+    chunk to chunk; the result does not depend on `tbtt_step`, unless the model is bidirectional, or a metric divides by
+    rows that come again in every chunk (see below).
 
     Example:
         ::
@@ -153,13 +162,17 @@ def create_supervised_tbptt_evaluator(
         non_blocking: move chunks asynchronously where the host memory is pinned.
         prepare_batch: ``prepare_batch(chunk, device=..., non_blocking=...)`` returns (x, y).
         output_transform: ``output_transform(x, y, y_pred)`` makes `engine.state.output` of a chunk, (y_pred, y) by
-            default. After the batch it is that of the last chunk.
+            default. At ITERATION_COMPLETED it is that of the chunk that has a target; where there are several, the mean
+            of outputs that are numbers, and an object that raises TypeError in place of others.
         model_transform: maps y_pred to what the metrics take.
         model_fn: ``model_fn(model, x, hidden)`` calls a model that is not called ``model(x, hidden)``.
         amp_mode: "amp" for ``torch.autocast``.
         stateful: carry the hidden state from batch to batch of an epoch.
         initial_hidden: ``initial_hidden(x)`` returns the state that sequences start with.
         split_batch: as for `create_supervised_tbptt_trainer`.
+        loss_weight: ``loss_weight(x, y)`` returns how many time steps of a chunk count, in any unit, when there is
+            padding. Metrics pass over chunks with 0, and a `Loss` weighs its values by it, in place of its
+            `batch_size`. Other metrics see what `output_transform` gives them: leave padding out there.
 
     Returns:
         The engine; it fires TIME_ITERATION_STARTED and TIME_ITERATION_COMPLETED.
@@ -183,17 +196,18 @@ def create_supervised_tbptt_evaluator(
         ),
         carry=HiddenCarry(stateful, initial_hidden, dim, amp_mode),
         split_batch=split_batch,
+        loss_weight=loss_weight,
         output_transform=output_transform,
         counts_rows=tuple(
             name
             for name, metric in metrics.items()
-            if dim != 0 and output_transform is not time_steps_as_samples and _counts_rows(metric)
+            if dim != 0 and output_transform is not time_steps_as_samples and _counts_rows(metric, loss_weight)
         ),
     )
-    engine = Engine(step)
+    engine = WindowEngine(step)
     register_time_events(engine, Tbptt_Events.TIME_ITERATION_STARTED, Tbptt_Events.TIME_ITERATION_COMPLETED)
     engine.state.tbtt_step = tbtt_step  # type: ignore[attr-defined]
-    track_position(engine, stateful)
+    track_position(engine, stateful).weighs_losses = loss_weight is not None
     for name, metric in metrics.items():
         metric.attach(engine, name, usage=EpochTimeWise())
     return engine

@@ -1,15 +1,20 @@
-"""The events of time iterations, their counters on `engine.state`, and metric usages that live on them.
+"""The events of time iterations, their counters on `engine.state`, and metrics that live on them.
 
-A time iteration is one window of a truncation policy: a chunk of the sequence. Every Ignite handler that takes an
-event takes these, with ``every``, ``once``, ``before``, ``after`` and ``event_filter`` too.
+A time iteration is one window of a truncation policy: a chunk of the sequence. Ignite handlers take these events as
+they take its own, with ``every``, ``once``, ``before``, ``after`` and ``event_filter`` too. Two exceptions:
+`TbpttProgressBar` stands in for `ProgressBar`, which knows Ignite's own events only, and `Checkpoint` needs a
+`score_function` or a `global_step_transform`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ignite.engine import Engine, EventEnum, Events
-from ignite.metrics.metric import MetricUsage
+from ignite.handlers import Checkpoint, TerminateOnNan
+from ignite.metrics import Loss
+from ignite.metrics.metric import Metric, MetricUsage
 
 
 class Tbptt_Events(EventEnum):
@@ -32,9 +37,10 @@ class Tbptt_Events(EventEnum):
     """A window is done, stepped on or not. Counts time iterations."""
     BACKWARD_COMPLETED = "backward_completed"
     """The gradients of the coming optimizer step are there, unscaled: clip, inspect, or call `engine.terminate()` and
-    the step is not taken. `engine.state.output` is the window's. Counts time iterations."""
+    the step is not taken. `engine.state.output` is the window's, or the mean over the windows that share the step. The
+    place for Ignite's parameter schedulers, which set the value for the step to come. Counts time iterations."""
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
-    """The parameters have been stepped: the place for learning-rate schedulers. Counts optimizer steps."""
+    """The parameters have been stepped: the place for ``scheduler.step()`` of torch. Counts optimizer steps."""
 
 
 _EVENT_TO_ATTR: dict[Any, str] = {
@@ -43,6 +49,63 @@ _EVENT_TO_ATTR: dict[Any, str] = {
     Tbptt_Events.BACKWARD_COMPLETED: "time_iteration",
     Tbptt_Events.OPTIMIZER_STEP_COMPLETED: "optimizer_step",
 }
+
+
+class WindowEngine(Engine):
+    """An Ignite engine whose handlers take windows for what they are.
+
+    Metrics and `TerminateOnNan` pass over a window or a batch without an output. Where windows have a `loss_weight`,
+    the metric `Loss` weighs by it what it gets.
+    """
+
+    def add_event_handler(self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Attach a handler; see `Engine.add_event_handler`.
+
+        Raises:
+            ValueError: a `Checkpoint` at an event of windows would name all files of a batch alike, and keep the first.
+        """
+        if isinstance(handler, Checkpoint) and event_name in list(Tbptt_Events):
+            if handler.score_function is None and handler.global_step_transform is None:
+                raise ValueError(
+                    f"Checkpoint at {event_name.name} names its files by engine.state.iteration, which is the same for "
+                    "all windows of a batch: it would keep the first of them. Give it global_step_transform="
+                    "lambda engine, event: engine.state.time_iteration, or attach it at ITERATION_COMPLETED."
+                )
+        elif isinstance(handler, TerminateOnNan) or handler == getattr(_owner(handler), "iteration_completed", None):
+            handler = _Update(handler)
+        return super().add_event_handler(event_name, handler, *args, **kwargs)
+
+
+def _owner(handler: Any) -> Metric | None:
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, Metric) else None
+
+
+class _Update:
+    """The update of a metric on a `WindowEngine`; equal to the method, by which Ignite finds it again."""
+
+    def __init__(self, update: Callable[[Engine], None]) -> None:
+        self._update = update
+
+    def __eq__(self, other: object) -> bool:
+        return self._update == (other._update if isinstance(other, _Update) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._update)
+
+    def __call__(self, engine: Engine) -> None:
+        state: Any = engine.state
+        metric = _owner(self._update)
+        if state.output is None:
+            return
+        if not (isinstance(metric, Loss) and state.tbptt.weighs_losses):
+            self._update(engine)
+            return
+        batch_size, metric._batch_size = metric._batch_size, lambda y: state.counted_steps
+        try:
+            self._update(engine)
+        finally:
+            metric._batch_size = batch_size
 
 
 def register_time_events(engine: Engine, *events: Tbptt_Events) -> None:

@@ -5,6 +5,7 @@ What the trainer and the evaluator have in common, and nothing of what they diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,24 @@ def _moved(node: Any, device: str | torch.device, non_blocking: bool) -> Any:
 def _no_pair(value: Any, name: str, form: str) -> TypeError:
     size = f" of {len(value)} items" if isinstance(value, (tuple, list)) else ""
     return TypeError(f"{name} is of type {type(value).__name__}{size}, but must be a pair {form}.")
+
+
+def count_steps(loss_weight: Callable[[Any, Any], Any] | None, x: Any, y: Any, steps: int) -> float:
+    """Return how many of the time steps of a chunk count: all that have a target, or what `loss_weight` says.
+
+    Raises:
+        ValueError: `loss_weight` returned what is no count.
+    """
+    if y is None:
+        return 0
+    if loss_weight is None:
+        return steps
+    count = float(loss_weight(x, y))
+    if not (math.isfinite(count) and count >= 0):
+        raise ValueError(
+            f"loss_weight must return a finite number that is not negative, the steps that count, got {count}."
+        )
+    return count
 
 
 def call_model(model: Any, x: Any, hidden: Any) -> Any:

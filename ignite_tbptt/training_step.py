@@ -6,7 +6,6 @@ optimizer step, a reduction how their losses are put together, a splitter cuts t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from ignite.engine import Engine, Events
 
 from ignite_tbptt.checkpoint import TimeEngine, TimeState, track_position
 from ignite_tbptt.events import Tbptt_Events, fire, fire_and_ask, has_listeners, register_time_events, stop_requested
-from ignite_tbptt.forward import ChunkForward, check_layout
+from ignite_tbptt.forward import ChunkForward, check_layout, count_steps
 from ignite_tbptt.hidden import HiddenCarry, HiddenThroughBatch, scale_gradient
 from ignite_tbptt.model_state import ModelState
 from ignite_tbptt.optimization import Accumulation, OptimizerStep, Reduction, SharedStep, checked_loss, zero_through
@@ -105,6 +104,7 @@ class TbpttTrainingStep:
         engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
         place = track_position(engine, self.carry.stateful)
         place.step, place.shared_step = self, SharedStep()
+        place.weighs_losses = self.loss_weight is not None
         for event in (Events.STARTED, Events.TERMINATE, Events.TERMINATE_SINGLE_EPOCH):
             engine.add_event_handler(event, _forget_shared_step)
         engine.add_event_handler(Events.COMPLETED, _warn_of_windows_left)
@@ -143,6 +143,7 @@ class TbpttTrainingStep:
                     return batch.output.result()
         finally:
             batch.hidden.leave()
+            state.counted_steps = batch.output.weight
         place.inside_batch = False
         if not batch.targets:
             raise ValueError(
@@ -179,7 +180,8 @@ class TbpttTrainingStep:
         closes = self.accumulation.closes(shared.windows, is_last, is_last and _ends_epoch(state))
         if shared.windows == 1:
             self.step.zero()
-            shared.expected = self.accumulation.expected(window[-1].stop - _first_counted(window), batch.length)
+            if not closes:
+                shared.expected = self.accumulation.expected(window[-1].stop - _first_counted(window), batch.length)
         if closes or self.ranks.count == 1:
             stopped = self._forward_backward_step(engine, batch, window, x, y, closes)
         else:
@@ -215,10 +217,11 @@ class TbpttTrainingStep:
                 look = self._look_with_others
         elif closes and has_listeners(engine, Tbptt_Events.BACKWARD_COMPLETED):
             look = _look
-        correction = 1.0
-        if closes and shared.windows == 1 and mean_steps:  # everything is known before backward
-            shared.expected = mean_steps
-            factor = self.reduction.factor(steps, shared) * self.reduction.correction(mean_steps, scale, shared)
+        factor = correction = 1.0
+        if closes and shared.windows == 1:  # everything is known before backward
+            if mean_steps:
+                shared.expected = mean_steps
+                factor = self.reduction.factor(steps, shared) * self.reduction.correction(mean_steps, scale, shared)
         else:
             factor = self.reduction.factor(steps, shared)
             if closes and mean_steps:
@@ -261,7 +264,7 @@ class TbpttTrainingStep:
             if y is not None:
                 batch.targets += 1
                 if loss_weight:
-                    count = stop - start if self.loss_weight is None else self._count(x, y)
+                    count = count_steps(self.loss_weight, x, y, stop - start)
             if self.forward.amp_mode is None:
                 y_pred, hidden, loss = run_segment(x, y, hidden, count)
             else:
@@ -292,15 +295,6 @@ class TbpttTrainingStep:
     def _run_segment(self, x: Any, y: Any, hidden: Any, count: float) -> tuple[Any, Any, Any]:
         y_pred, hidden = self.forward.predict(x, hidden)
         return y_pred, hidden, checked_loss(self.loss_fn(y_pred, y)) if count else None
-
-    def _count(self, x: Any, y: Any) -> float:
-        """Return how many time steps of a chunk count, by the user's `loss_weight`."""
-        count = float(self.loss_weight(x, y))  # type: ignore[misc]
-        if not (math.isfinite(count) and count >= 0):
-            raise ValueError(
-                f"loss_weight must return a finite number that is not negative, the steps that count, got {count}."
-            )
-        return count
 
     def _backward(self, loss: Any) -> None:
         try:

@@ -412,12 +412,15 @@ def test_output_transform_sees_the_window() -> None:
     trainer = create_supervised_tbptt_trainer(model, sgd(model), F.mse_loss, 4, output_transform=output_transform)
     outputs: list[Any] = []
     trainer.add_event_handler(Tbptt_Events.BACKWARD_COMPLETED, lambda e: outputs.append(e.state.output["loss"].item()))
-    state = trainer.run(batches(1))
+    state: Any = trainer.run(batches(1))
     twin = seeded(Forecaster)
     losses = hand_written_loop(twin, sgd(twin), batches(1), 4)
     assert outputs == losses
     assert seen[0] == ((4, 4, 3), (4, 4, 2), (4, 4, 2))
-    assert state.output == pytest.approx((4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10, rel=1e-15)
+    mean = (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10
+    assert state.output["loss"].item() == pytest.approx(mean, rel=4 * torch.finfo(torch.float32).eps)
+    with pytest.raises(TypeError, match=r"of the batch is not there.*TIME_ITERATION_COMPLETED"):
+        state.output["y_pred"].mean()
 
 
 def test_model_fn_and_model_transform_adapt_a_model() -> None:
