@@ -50,8 +50,8 @@ class GradientHorizon:
     (infinity where gradients do not decay) are there for loggers, as
     ``OutputHandler("horizon", state_attributes=["gradient_decay_rate", "gradient_horizon"])``. It costs about
     `samples` times the backward of `window` steps, their memory, and a copy of the weights. `prepare_batch` and hooks
-    of the model are called
-    for its steps as well. Ranks take the mean of what they measure, so that they get the same recommendation.
+    of the model are called for its steps as well. Ranks take the mean of what they measure, so that they get the same
+    recommendation.
 
     Attributes:
         listeners: what is called after every measurement at the event; see `on_measured`.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections import UserDict, UserList, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 _LIBRARIES = (sys.stdlib_module_names | {"torch", "numpy", "ignite", "ignite_tbptt"}) - {"__main__"}
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch.jit.", "torch._")
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, ModuleType, BuiltinFunctionType, CodeType)
 
 
@@ -317,6 +318,8 @@ def _walk(roots: tuple[Any, ...]) -> Iterator[tuple[str, Any, _Kind | None]]:
         name, value = stack.pop()
         if isinstance(value, _LEAVES) or id(value) in seen:
             continue
+        if type(value) is OrderedDict and not value and name.rpartition(".")[2] in _HOOKS:
+            continue  # ten of them in every module
         if isinstance(value, (type, FunctionType)) and _is_library(value.__module__ or "torch"):
             continue
         seen.add(id(value))

@@ -352,17 +352,19 @@ class RerunCheck:
 def twice(function: Callable[[], Any], *roots: Any) -> tuple[list[list[Tensor]], list[str]]:
     """Run a function twice with the same random numbers, the second time on what the first has left behind.
 
-    The statistics of torch's own modules are no state of a sequence: they are put back in between.
+    Weights, and the statistics of torch's own modules, are no state of a sequence: they are put back in between.
 
     Returns:
         The fingerprints of both, and the names of what the first run has changed in `roots`, which is put back.
     """
-    state, streams, found = ModelState.of(*roots), RandomStreams.now(), []
+    state, streams, found = ModelState.of(*roots, parameters=True), RandomStreams.now(), []
     buffers = set(map(id, library_buffers(*roots)))
     with torch.no_grad():
         try:
             for _ in range(2):
-                state.restore(lambda owner: isinstance(owner, GENERATORS) or id(owner) in buffers)
+                state.restore(
+                    lambda owner: isinstance(owner, (*GENERATORS, torch.nn.Parameter)) or id(owner) in buffers
+                )
                 with streams.replayed():
                     found.append(fingerprint(function()))
                 if len(found) == 1:

@@ -360,6 +360,34 @@ def test_overlapping_windows_refuse_neurons_that_keep_their_state() -> None:
         train_neuron(SlidingTruncation(2, 4))
 
 
+@pytest.mark.parametrize("kind", ["count", "activations", "momentum", "spectral norm", "own generator"])
+def test_overlapping_windows_take_what_is_no_state_of_the_sequence(kind: str) -> None:
+    def use(model: Any, y: Tensor) -> Any:
+        if kind == "activations":
+            model.seen = y
+        elif kind == "momentum":
+            with torch.no_grad():
+                model.kept.weight.mul_(0.9)
+            return y + model.kept(y.detach())
+        elif kind == "spectral norm":
+            return y + model.kept(y)
+        elif kind == "own generator":
+            return y * torch.rand((), generator=model.kept)
+        else:
+            model.kept += 1
+        return y
+
+    makers: dict[str, Callable[[], Any]] = {
+        "momentum": lambda: nn.Linear(2, 2).requires_grad_(False),
+        "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
+        "own generator": lambda: torch.Generator().manual_seed(3),
+    }
+    model, losses, _ = run(lambda: Keeps(makers.get(kind, int), use), policy=SlidingTruncation(2, 4))
+    assert len(losses) == 12
+    if kind == "count":
+        assert model.kept == 22  # the check of the first prefix has been put back
+
+
 def test_the_graph_of_an_earlier_window_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"keeps tensors with the graph of an earlier window: mem\. The trainer"):
         train_neuron(4, detach=False)
