@@ -125,7 +125,8 @@ def test_rows_are_moved_together_where_in_dims_says_so() -> None:
     for probes in (4, 4, 0):
         calls.clear()
         found = grad(wrapped(x, w), x, w)
-        # one forward call, 64 columns of x, 64 elements of w, at gradients 1, 2, 4, ... also x again, row 0 alone, all but row 0, and two points in one call
+        # one forward call, 64 columns of x, 64 elements of w; at gradients 1, 2, 4, ... also x again, row 0 alone, all
+        # but row 0, and two points in one call
         assert len(calls) == 129 + probes
         assert relative_error(found, [t.double() for t in true]) <= 1e-6
 
