@@ -9,93 +9,198 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import DeterministicEngine, Engine, Events
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from ignite_tbptt import nest, ranks
 from ignite_tbptt.events import WindowEngine
+from ignite_tbptt.optimization import SharedStep
+from ignite_tbptt.warn import warn
 
 KEY = "tbptt"
 
 
 class TimeEngine(WindowEngine):
-    """An Ignite engine whose state dict also holds the counters of time, the carried state and the settings."""
+    """An Ignite engine whose state dict also holds the counters of time, the carried state and the settings.
+
+    A run that goes on where a checkpoint was saved tells its data so: an object with ``resume_at(batch)`` is asked,
+    right before it is iterated over, to begin with that batch. An object with ``fingerprint()``, which returns a dict
+    of plain values, has it saved; a run that would go on with data of another fingerprint is refused.
+
+    Args:
+        process_function: as for `Engine`.
+        settings: what a checkpoint must have in common with the engine that loads it, by name.
+
+    Raises:
+        TypeError: a setting is neither a number, nor a string, nor None.
+    """
 
     state: Any  # Ignite's State, which takes the attributes of time as it takes a user's
 
-    def __init__(self, process_function: Callable[[Engine, Any], Any], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, process_function: Callable[[Engine, Any], Any], settings: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(process_function)
-        self._settings = dict(settings)
+        self._settings = {name: _plain(name, value) for name, value in (settings or {}).items()}
+        self._time = self.state.tbptt = TimeState()
+        self.state.hidden = None
 
     def state_dict(self) -> Any:
-        """Return Ignite's state dict with the entry "tbptt"; see `Engine.state_dict`.
+        """Return Ignite's state dict, and the entry "tbptt" if the engine has events of time; see `Engine.state_dict`.
 
         Raises:
+            TypeError: the fingerprint of the data holds something else than numbers, strings and None.
             ValueError: the carried state would not come back from a file.
         """
-        state = self.state
+        state, place = self.state, self._time
         saved = super().state_dict()
+        for name, value in saved.items():
+            if isinstance(value, np.generic):  # epoch_length, say
+                saved[name] = value.item()
         if "rng_states" in saved:
-            saved["rng_states"] = [_plain(rng_state) for rng_state in saved["rng_states"]]
-        hidden = state.hidden if self._settings["stateful"] else None
+            saved["rng_states"] = [_plain_rng(rng_state) for rng_state in saved["rng_states"]]
+        if place.stateful is None:
+            return saved
+        hidden = state.hidden if place.stateful else None
         saved[KEY] = {
             "settings": dict(self._settings),
             "time_iteration": state.time_iteration,
             "optimizer_step": state.optimizer_step,
             # What schedules it sets it again only at its next event.
             "tbtt_step": serialized_tbtt_step(state.tbtt_step),
-            "data_position": state.tbptt.data_position,
-            "batch_in_epoch": state.tbptt.batch_in_epoch,
-            "inside_batch": state.tbptt.inside_batch,
+            "data": _fingerprint(state.dataloader),
+            "data_position": place.data_position,
+            "batch_in_epoch": place.batch_in_epoch,
+            "inside_batch": place.inside_batch,
+            "windows_without_step": place.shared_step.windows,
             "rank": None if hidden is None else ranks.own(),
             "hidden": pack_hidden(hidden),
-            "hidden_rows": state.tbptt.rows,
+            "hidden_rows": place.rows,
         }
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; see `Engine.load_state_dict`.
 
+        The next run goes on there. In a handler of a run whose data have begun, only the counters and the carried
+        state are set: the data go on where they are, as they do in Ignite.
+
         Raises:
             ValueError: the checkpoint is of a trainer with other settings, or carries the hidden state of the rows of
                 another rank. Nothing has been loaded then.
         """
-        own = state_dict.get(KEY)
+        own: Any = state_dict.get(KEY) if isinstance(state_dict, Mapping) else None
+        hidden = None
         if own is not None:
             self._check_settings(own["settings"])
             _check_rank(own["rank"])
-        hidden = None if own is None else unpack_hidden(own["hidden"])
+            hidden = unpack_hidden(own["hidden"])
         super().load_state_dict(state_dict)
-        # What an earlier run left here would make the next one go on there, or do nothing at all after an exception.
-        self.should_terminate = self.should_terminate_single_epoch = self.should_interrupt = False
-        self._dataloader_iter = self._init_iter = self._internal_run_generator = None
-        state, place = self.state, self.state.tbptt
-        state.hidden, place.rows, place.hidden_restored = hidden, None, hidden is not None
-        place.batch_in_epoch = place.data_position = 0
-        place.resume_data_at = state.iteration % (state.epoch_length or state.iteration + 1)
+        state, place = self.state, self._time
+        batch_in_epoch = state.iteration % (state.epoch_length or state.iteration + 1)
+        state.hidden, place.hidden_restored, place.shared_step = hidden, hidden is not None, SharedStep()
+        place.rows = None
+        resume = Resume(state.iteration, batch_in_epoch, hidden)
         if own is not None:
             state.time_iteration, state.optimizer_step = own["time_iteration"], own["optimizer_step"]
             place.rows = own["hidden_rows"]
             self._restore_tbtt_step(own["tbtt_step"])
-            _warn_of_a_place_between(own, place.resume_data_at)
-            place.resume_data_at = own["data_position"]
+            resume.position, resume.fingerprint = own["data_position"], own.get("data")
+            resume.epoch_was_left = own["batch_in_epoch"] == state.epoch_length
+            _warn_of_a_place_between(own, batch_in_epoch, state.epoch_length)
+        generator: Any = self._internal_run_generator
+        is_running = self._dataloader_iter is not None if generator is None else generator.gi_running
+        if is_running and self._dataloader_iter is not None:
+            if place.stateful and resume.position != place.data_position:
+                warn(
+                    f"the checkpoint was loaded in a handler of a run: the data go on after batch {place.data_position}"
+                    f" of theirs, with the hidden state that was carried there after batch {resume.position}. Set "
+                    "engine.state.hidden = None to start from an initial one."
+                )
+            return
+        place.resume, place.left = resume, hidden
+        if not is_running:
+            # What an earlier run left here would make the next one go on there, or do nothing at all after an
+            # exception.
+            self.should_terminate = self.should_terminate_single_epoch = self.should_interrupt = False
+            self._dataloader_iter = self._init_iter = self._internal_run_generator = None
+
+    def set_data(self, data: Any) -> None:
+        """Draw the next batch from `data`, with an initial hidden state; see `Engine.set_data`."""
+        super().set_data(data)
+        self._time.resume = None
+        self._time.begin_data(self.state.hidden)
+
+    def _setup_engine(self) -> None:
+        # Ignite is about to iterate over the data of a run, behind the handlers of its first EPOCH_STARTED.
+        place = self._time
+        resume, place.resume = place.resume, None
+        if resume is not None:
+            self._go_on(resume)
+        super()._setup_engine()
+        place.batch_in_epoch = self._init_iter or 0
+
+    def _go_on(self, resume: Resume) -> None:
+        """Let the data go on where the checkpoint was saved, and the carried state with them."""
+        state, place = self.state, self._time
+        data = state.dataloader
+        place.data_position = position = self.check_data(resume)
+        inside_epoch = state.iteration % (state.epoch_length or state.iteration + 1)
+        if not position or not (inside_epoch or place.stateful == "data"):
+            if state.hidden is place.left:  # neither set before the run nor by a handler
+                state.hidden = None
+        elif inside_epoch:
+            state.hidden = resume.hidden
+        if not position or isinstance(self, DeterministicEngine):  # that one skips what it has seen by itself
+            return
+        if hasattr(data, "resume_at"):
+            data.resume_at(position)
+        elif place.stateful and not (data is None or isinstance(data, Iterator) or hasattr(data, "load_state_dict")):
+            warn(
+                f"a stateful run goes on at iteration {state.iteration}, after batch {position} of its data, but the "
+                f"data ({type(data).__name__}) begin anew: the carried hidden state meets batches that it does not "
+                "belong to. Give data with resume_at(batch), as ContiguousStreams has, an iterator that is already "
+                "there, or deterministic=True."
+            )
+
+    def check_data(self, resume: Resume) -> int:
+        """Return at which batch the data of a run go on.
+
+        Raises:
+            ValueError: they go on inside, and are not those of the checkpoint.
+        """
+        data, position = self.state.dataloader, resume.position
+        position %= self._get_data_length(data) or position + 1
+        here = _fingerprint(data)
+        if position and resume.fingerprint is not None and here is not None:
+            different = [
+                f"{name}={resume.fingerprint.get(name)!r} there and {here.get(name)!r} here"
+                for name in {**resume.fingerprint, **here}
+                if resume.fingerprint.get(name) != here.get(name)
+            ]
+            if different:
+                self._internal_run_generator = None  # Ignite leaves it exhausted, and the next run would do nothing
+                raise ValueError(
+                    f"the run would go on after batch {position} of other data than the checkpoint's: "
+                    f"{'; '.join(different)}. Give the data as they were; or set engine.state.max_epochs = None to "
+                    "start a new run."
+                )
+        return position
 
     def _restore_tbtt_step(self, saved: Any) -> None:
         if not isinstance(saved, str):
             self.state.tbtt_step = saved
         elif saved != (here := serialized_tbtt_step(self.state.tbtt_step)):
-            warnings.warn(
+            warn(
                 f"the checkpoint was saved while engine.state.tbtt_step was {saved}, here it is {here}: "
-                "set it as it was, or the run goes on with other windows.",
-                UserWarning,
-                stacklevel=3,
+                "set it as it was, or the run goes on with other windows."
             )
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
@@ -116,20 +221,38 @@ class DeterministicTimeEngine(TimeEngine, DeterministicEngine):
     """The same on Ignite's `DeterministicEngine`."""
 
 
-def _plain(rng_state: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    """Return `value` as one of Python's own types, which ``torch.load(weights_only=True)`` accepts."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if value is None or isinstance(value, str):
+        return value if value is None else str(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    raise TypeError(
+        f"{name} must be a number, a string or None, because checkpoints hold it, got {value!r} of type "
+        f"{type(value).__name__}."
+    )
+
+
+def _plain_rng(rng_state: Any) -> Any:
     """Return numpy's random state with its array as a list, which numpy takes back and weights_only lets through."""
     if not isinstance(rng_state, tuple):
         return rng_state
     return tuple(part.tolist() if isinstance(part, np.ndarray) else part for part in rng_state)
 
 
-def serialized_tbtt_step(tbtt_step: Any) -> int | float | str:
+def serialized_tbtt_step(tbtt_step: Any) -> Any:
     """Return what of `tbtt_step` a checkpoint holds: a number as Python has it, or how a policy describes itself."""
-    if isinstance(tbtt_step, Integral):
-        return int(tbtt_step)
-    if isinstance(tbtt_step, Real):
-        return float(tbtt_step)
+    if tbtt_step is None or isinstance(tbtt_step, Real):
+        return _plain("tbtt_step", tbtt_step)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(tbtt_step))  # a class without a repr of its own tells its address
+
+
+def _fingerprint(data: Any) -> dict[str, Any] | None:
+    if not hasattr(data, "fingerprint"):
+        return None
+    return {name: _plain(f"fingerprint()[{name!r}]", value) for name, value in data.fingerprint().items()}
 
 
 def _check_rank(saved: int | None) -> None:
@@ -141,23 +264,45 @@ def _check_rank(saved: int | None) -> None:
         )
 
 
-def _warn_of_a_place_between(saved: Mapping[str, Any], batch_in_epoch: int) -> None:
+def _warn_of_a_place_between(saved: Mapping[str, Any], batch_in_epoch: int, epoch_length: int | None) -> None:
+    counted = saved["batch_in_epoch"] % (epoch_length or saved["batch_in_epoch"] + 1)
     if saved["inside_batch"]:
-        warnings.warn(
+        warn(
             "the checkpoint was saved inside a batch, which has no place to resume from: the run goes on with the next "
             "batch, and the windows left in this one are not trained on. For an exact resume save at "
-            "ITERATION_COMPLETED.",
-            UserWarning,
-            stacklevel=3,
+            "ITERATION_COMPLETED."
         )
-    elif batch_in_epoch and saved["batch_in_epoch"] != batch_in_epoch:
-        warnings.warn(
-            f"the checkpoint is of a run in which an epoch was cut short: it was at batch {saved['batch_in_epoch']} of "
-            f"its epoch, and Ignite counts {batch_in_epoch}. The data go on where they were, but this epoch ends "
-            "elsewhere than it would have.",
-            UserWarning,
-            stacklevel=3,
+    elif windows := saved.get("windows_without_step"):
+        warn(
+            f"the checkpoint was saved while {windows} windows waited for others to share an optimizer step with: "
+            "their gradients are not in it, and no step will be taken on them. For an exact resume save where "
+            "gradient_accumulation_steps windows are complete."
         )
+    if counted != batch_in_epoch:
+        warn(
+            f"the checkpoint is of a run in which an epoch was cut short: it was at batch {counted} of its epoch, and "
+            f"Ignite counts {batch_in_epoch}. The data go on where they were, but this epoch ends elsewhere than it "
+            "would have."
+        )
+
+
+@dataclass
+class Resume:
+    """Where a loaded checkpoint wants a run to go on.
+
+    Attributes:
+        iteration: of Ignite; a run that begins at another one is a new run.
+        position: batches drawn since the data began.
+        hidden: the carried state.
+        fingerprint: of the data.
+        epoch_was_left: all batches of an epoch were done, and its EPOCH_COMPLETED was not fired.
+    """
+
+    iteration: int
+    position: int
+    hidden: Any
+    fingerprint: dict[str, Any] | None = None
+    epoch_was_left: bool = False
 
 
 @dataclass
@@ -166,89 +311,157 @@ class TimeState:
 
     Attributes:
         step: the process function, None for an evaluator.
+        stateful: False, True or "data", as the factories take it; None for an engine without events of time.
         rows: rows of the batch that left the carried state, None where they are not known.
         hidden_restored: the carried state comes from a checkpoint, perhaps of another device.
+        left: the carried state as the last batch left it, to be told from one that was set since.
+        is_fresh: no batch was drawn since the run or the epoch began.
+        data_are_new: the next batch does not go on where the one before ended.
         data_position: batches drawn since the data began.
-        batch_in_epoch: batches drawn since the epoch began.
+        batch_in_epoch: batches drawn in an epoch that has not been completed.
         inside_batch: some windows of a batch have been run, and some have not.
         shared_step: the windows that share the next optimizer step.
         layout_is_unknown: no chunk has shown yet whether the model takes the time axis for time.
         weighs_losses: chunks have a `loss_weight`.
         gradients_were_seen: a first backward has been looked at for parameters without a gradient.
-        resume_data_at: where a loaded checkpoint wants the data to go on; None where none was loaded.
+        resume: what a loaded checkpoint asks of the next run.
     """
 
     step: Any = None
+    stateful: bool | str | None = None
     rows: int | None = None
     hidden_restored: bool = False
+    left: Any = None
+    is_fresh: bool = True
+    data_are_new: bool = False
     data_position: int = 0
     batch_in_epoch: int = 0
     inside_batch: bool = False
-    shared_step: Any = None
+    shared_step: SharedStep = field(default_factory=SharedStep)
     layout_is_unknown: bool = True
     weighs_losses: bool = False
     gradients_were_seen: bool = False
-    resume_data_at: int | None = None
+    resume: Resume | None = None
+
+    def begin_data(self, hidden: Any) -> None:
+        """Let the next batch be the first of its data."""
+        if not self.is_fresh:
+            self.left = hidden
+        self.data_are_new, self.data_position = True, 0
 
 
-def track_position(engine: Engine, stateful: bool) -> TimeState:
-    """Reset the carried state where an epoch or the data begin, and count the batches since then.
+def track_position(engine: Engine, stateful: bool | str) -> TimeState:
+    """Reset the carried state where sequences begin, and count the batches since then.
 
-    After a checkpoint was loaded the data are asked to go on where they were, and inside an epoch the state stays.
+    Sequences begin with every batch; with stateful=True where an epoch or the data begin; with stateful="data" where
+    the data begin. A state that is set after the batch before was left is kept: it is what the sequence begins with.
     """
     state: Any = engine.state
-    state.hidden, state.tbptt = None, TimeState()
+    if not isinstance(engine, TimeEngine):
+        state.tbptt = TimeState()
     place: TimeState = state.tbptt
-
-    def begin_data(engine: Engine, iter_counter: int = 0) -> None:
-        if place.batch_in_epoch:  # otherwise the epoch has just begun, and its handlers may have set a state
-            state.hidden = None
-        place.data_position = 0
-
-    def begin_epoch(engine: Engine) -> None:
-        place.batch_in_epoch = 0
-        if place.resume_data_at is None:
-            state.hidden = None
-            return
-        if state.iteration % (state.epoch_length or state.iteration + 1) == 0:
-            state.hidden = None
-        else:
-            place.batch_in_epoch = state.iteration % (state.epoch_length or state.iteration + 1)
-        _resume_data(engine, stateful)
-
-    def draw_batch(engine: Engine) -> None:
-        place.data_position += 1
-        place.batch_in_epoch += 1
-
-    engine.add_event_handler(Events.STARTED, begin_data)
-    engine.add_event_handler(Events.EPOCH_STARTED, begin_epoch)
-    engine.add_event_handler(Events.GET_BATCH_COMPLETED, draw_batch)
-    engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, begin_data)
-    engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, begin_data)
+    place.stateful, state.hidden = stateful, None
+    engine.add_event_handler(Events.STARTED, _begin_run)
+    engine.add_event_handler(Events.EPOCH_STARTED, _begin_epoch)
+    engine.add_event_handler(Events.GET_BATCH_STARTED, _before_batch)
+    engine.add_event_handler(Events.GET_BATCH_COMPLETED, _begin_batch)
+    engine.add_event_handler(Events.ITERATION_STARTED, _begin_batch_without_data)
+    engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, _begin_data)
+    engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, _begin_data)
+    for event in (Events.EPOCH_COMPLETED, Events.TERMINATE_SINGLE_EPOCH):
+        engine.add_event_handler(event, _end_epoch)
+    for event in (Events.INTERRUPT, Events.TERMINATE, Events.COMPLETED):
+        engine.add_event_handler(event, _leave_run)
     return place
 
 
-def _resume_data(engine: Engine, stateful: bool) -> None:
-    state: Any = engine.state
-    place: TimeState = state.tbptt
-    data, position = state.dataloader, place.resume_data_at or 0
-    place.resume_data_at = None
-    if hasattr(data, "__len__"):
-        position %= len(data)
-    place.data_position = position
-    if not position or isinstance(engine, DeterministicEngine):  # that one skips what it has seen by itself
-        return
-    if hasattr(data, "resume_at"):
-        data.resume_at(position)
-    elif stateful and data is not None and not isinstance(data, Iterator) and not hasattr(data, "load_state_dict"):
-        warnings.warn(
-            f"a stateful run goes on at iteration {state.iteration}, after batch {position} of its data, but the data "
-            f"({type(data).__name__}) begin anew: the carried hidden state meets batches that it does not belong to. "
-            "Give data with resume_at(batch), as ContiguousStreams has, an iterator that is already there, or "
-            "deterministic=True.",
-            UserWarning,
-            stacklevel=2,
+def _begin_run(engine: Any) -> None:
+    state, place = engine.state, engine.state.tbptt
+    if place.resume is not None and place.resume.iteration != state.iteration:
+        place.resume = None
+    if place.resume is not None:
+        engine.check_data(place.resume)
+        if place.resume.epoch_was_left:
+            _warn_of_epoch_left(engine)
+    elif state.hidden is place.left:
+        state.hidden = place.rows = None
+    place.data_position = place.batch_in_epoch = 0
+    place.is_fresh, place.data_are_new, place.inside_batch = True, False, False
+    if place.stateful and _is_shuffled(state.dataloader):
+        warn(
+            f"stateful={place.stateful!r} carries the hidden state from batch to batch, but the DataLoader shuffles: "
+            "row i of a batch does not go on where row i of the one before ended. Give ContiguousStreams, or "
+            "shuffle=False."
         )
+
+
+def _begin_epoch(engine: Any) -> None:
+    state, place = engine.state, engine.state.tbptt
+    if place.resume is not None:
+        place.resume.hidden = state.hidden  # or what was set since
+    elif place.stateful != "data" and not (place.is_fresh and state.hidden is not place.left):
+        state.hidden = None
+    if not place.is_fresh:
+        place.left = state.hidden
+    place.is_fresh, place.batch_in_epoch = True, 0
+
+
+def _before_batch(engine: Any) -> None:
+    place = engine.state.tbptt
+    if not place.data_are_new:
+        place.data_are_new = not place.stateful
+        if not place.is_fresh:
+            place.left = engine.state.hidden
+
+
+def _begin_batch(engine: Any) -> None:
+    state, place = engine.state, engine.state.tbptt
+    if place.data_are_new and state.hidden is place.left:
+        state.hidden = None
+    place.is_fresh, place.data_are_new, place.inside_batch = False, False, True
+    place.data_position += 1
+    place.batch_in_epoch += 1
+
+
+def _begin_batch_without_data(engine: Any) -> None:
+    if engine.state.dataloader is None:  # Ignite fires no GET_BATCH events then
+        _before_batch(engine)
+        _begin_batch(engine)
+
+
+def _begin_data(engine: Any, iter_counter: int = 0) -> None:
+    engine.state.tbptt.begin_data(engine.state.hidden)
+
+
+def _end_epoch(engine: Any, iter_counter: int = 0) -> None:
+    engine.state.tbptt.batch_in_epoch = 0
+
+
+def _leave_run(engine: Any) -> None:
+    engine.state.tbptt.left, engine.state.tbptt.is_fresh = engine.state.hidden, True
+
+
+def _warn_of_epoch_left(engine: Any) -> None:
+    handlers = [handler for handler, *_ in engine._event_handlers.get(Events.EPOCH_COMPLETED, [])]
+    names = [
+        getattr(handler, "__qualname__", type(handler).__name__)
+        for handler in handlers
+        if not handler.__module__.startswith(__package__)
+    ]
+    if names:
+        warn(
+            f"the checkpoint was saved after the last batch of epoch {engine.state.epoch} and before its "
+            f"EPOCH_COMPLETED: {', '.join(names)} did not run for that epoch, and will not. Save at EPOCH_COMPLETED as "
+            "well, or call them."
+        )
+
+
+def _is_shuffled(data: Any) -> bool:
+    if not isinstance(data, DataLoader):
+        return False
+    samplers = data.sampler, getattr(data.batch_sampler, "sampler", None)
+    random = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+    return any(isinstance(sampler, random) or getattr(sampler, "shuffle", False) is True for sampler in samplers)
 
 
 _PLAIN = (bool, int, float, str, type(None))

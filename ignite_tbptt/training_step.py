@@ -101,7 +101,7 @@ class TbpttTrainingStep:
         register_time_events(engine, *Tbptt_Events)
         engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
         place = track_position(engine, self.carry.stateful)
-        place.step, place.shared_step = self, SharedStep()
+        place.step = self
         place.weighs_losses = self.loss_weight is not None
         for event in (Events.STARTED, Events.TERMINATE, Events.TERMINATE_SINGLE_EPOCH):
             engine.add_event_handler(event, _forget_shared_step)
@@ -131,7 +131,6 @@ class TbpttTrainingStep:
         plan = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
         state.time_iterations_per_sequence = count = len(plan)
         batch = _Batch(cut, length, self.carry.through(state, plan, cut), BatchOutput())
-        place.inside_batch = True
         try:
             for number, window in enumerate(plan, 1):
                 if self._run_window(engine, batch, window, number == count):
