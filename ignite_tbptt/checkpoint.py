@@ -153,11 +153,11 @@ class TimeEngine(WindowEngine):
         data = state.dataloader
         place.data_position = position = self.check_data(resume)
         inside_epoch = state.iteration % (state.epoch_length or state.iteration + 1)
-        if not position or not (inside_epoch or place.stateful == "data"):
-            if state.hidden is place.left:  # neither set before the run nor by a handler
-                state.hidden = None
-        elif inside_epoch:
+        if inside_epoch:  # whose handlers of EPOCH_STARTED had been called before, not now
             state.hidden = resume.hidden
+        begins_anew = not position or not (inside_epoch or place.stateful == "data")
+        if begins_anew and state.hidden is place.left:  # neither set before the run nor by a handler
+            state.hidden = None
         if not position or isinstance(self, DeterministicEngine):  # that one skips what it has seen by itself
             return
         if hasattr(data, "resume_at"):

@@ -67,7 +67,7 @@ def test_endless_data_are_one_sequence() -> None:
 @pytest.mark.parametrize("stateful", [True, "data"])
 def test_an_epoch_that_is_cut_short_ends_the_sequence(stateful: Any) -> None:
     model, trainer = make(stateful)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate_epoch)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate_epoch())
     trainer.run(DATA, max_epochs=2)
     assert same(weights(model), by_hand([(DATA[:2], None), (DATA, None)]))
 
