@@ -2,7 +2,8 @@
 
 Peak tensor memory of one batch, from the allocation events of torch's profiler, while T grows: the trainer, contrib's
 trainer (which cuts the same chunks) and full back-propagation, all in this process. The data exist before and are not
-counted. The trainer should not grow with T.
+counted. The trainer should not grow with T. Then what the plan of a million windows takes until the first one is there,
+in memory of Python objects and in time.
 
     python benchmarks/memory_vs_length.py
 """
@@ -10,6 +11,8 @@ counted. The trainer should not grow with T.
 from __future__ import annotations
 
 import argparse
+import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from ignite_tbptt import create_supervised_tbptt_trainer
+from ignite_tbptt import FixedTruncation, RandomTruncation, SlidingTruncation, create_supervised_tbptt_trainer
+from ignite_tbptt.truncation import plan_windows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -72,6 +76,18 @@ def full(x: Tensor, y: Tensor) -> int:
     return peak_bytes(run)
 
 
+def first_window(policy: Any, length: int) -> tuple[float, float]:
+    """Return KiB and milliseconds until the first window of a plan is there."""
+    start = time.perf_counter()
+    next(iter(plan_windows(policy, length, 0)))
+    seconds = time.perf_counter() - start
+    tracemalloc.start()
+    next(iter(plan_windows(policy, length, 0)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1024, 1000 * seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak tensor memory beyond the data, against the sequence length.")
     parser.add_argument("--longest", type=int, default=65_536)
@@ -95,6 +111,13 @@ def main() -> None:
         )
         length *= 4
     print(f"the trainer's largest over its smallest: {max(measured) / min(measured):.4f}")
+    for policy, note in (
+        (FixedTruncation(1), ""),
+        (SlidingTruncation(1, 4), ""),
+        (RandomTruncation(2, std=0.5, minimum=1), " (drawn once to be counted)"),
+    ):
+        kib_of_plan, milliseconds = first_window(policy, 1_000_000)
+        print(f"{policy!r} of 1,000,000 steps: {kib_of_plan:.0f} KiB, {milliseconds:.1f} ms to the first window{note}")
 
 
 if __name__ == "__main__":

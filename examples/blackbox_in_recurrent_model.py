@@ -11,10 +11,13 @@ Run: ``python examples/blackbox_in_recurrent_model.py``. It takes half a minute,
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -23,9 +26,6 @@ from torch.nn import functional as F
 
 from ignite_tbptt import create_supervised_tbptt_trainer
 from ignite_tbptt.blackbox import FiniteDifferenceGradients, find_graph_cuts
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 OPENING = np.array([-1.0, -0.6, -0.25, 0.1, 0.4, 0.75, 1.0])
 FLOW = np.array([0.00, 0.05, 0.30, 0.42, 0.90, 1.05, 1.60])
@@ -92,7 +92,7 @@ def measurements() -> list[tuple[Tensor, Tensor]]:
 
 
 def train(
-    valve: nn.Module, finite_differences: bool
+    valve: nn.Module, finite_differences: bool, epochs_to_train: int = EPOCHS
 ) -> tuple[Tank, list[float], FiniteDifferenceGradients | None, float]:
     """Train a tank with this valve; returns it, its loss after each epoch, the handler, and seconds taken."""
     torch.manual_seed(0)
@@ -116,7 +116,7 @@ def train(
         epoch.clear()
 
     start = time.perf_counter()
-    trainer.run(measurements(), max_epochs=EPOCHS)
+    trainer.run(measurements(), max_epochs=epochs_to_train)
     return tank, losses, handler, time.perf_counter() - start
 
 
@@ -128,9 +128,12 @@ def told(tank: Tank) -> str:
 
 def draw(curves: dict[str, list[float]], path: Path) -> None:
     """Losses of all three, how far the two that learn are apart, and the table."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     styles = {"table, cut": ("tab:red", ":"), "table + handler": ("tab:blue", "-"), "torch": ("tab:orange", "--")}
-    epochs = range(1, EPOCHS + 1)
+    epochs = range(1, len(curves["torch"]) + 1)
     for name, losses in curves.items():
         colour, line = styles[name]
         left.semilogy(epochs, losses, line, color=colour, label=name, linewidth=2)
@@ -143,18 +146,25 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     right.set(title="The valve, as measured", xlabel="opening", ylabel="flow", xticks=[-1, -0.5, 0, 0.5, 1])
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Show the cut, train three times, compare, draw."""
+    parser = argparse.ArgumentParser(description="A tank whose valve is a table in numpy, trained through it.")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the picture")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
+    given = parser.parse_args(arguments)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "this example needs matplotlib: pip install 'ignite-tbptt[plot]'\n")
+    given.output.mkdir(parents=True, exist_ok=True)
+    epochs = 1 if given.quick else EPOCHS
     print(find_graph_cuts(Tank(TableValve()), measurements()[0][0]))
     print()
     runs = {
-        "table, cut": train(TableValve(), finite_differences=False),
-        "table + handler": train(TableValve(), finite_differences=True),
-        "torch": train(TorchValve(), finite_differences=False),
+        "table, cut": train(TableValve(), finite_differences=False, epochs_to_train=epochs),
+        "table + handler": train(TableValve(), finite_differences=True, epochs_to_train=epochs),
+        "torch": train(TorchValve(), finite_differences=False, epochs_to_train=epochs),
     }
     print(f"{'':18}{'demand':>8}  {'level':>8}  {'bias':>8}  {'leak':>8}      last loss   seconds")
     print(f"{'true weights':18}{told(true_tank())}")
@@ -163,10 +173,10 @@ def main() -> None:
     handler = runs["table + handler"][2]
     assert handler is not None
     print(f"\nvalve evaluations for gradients: {handler.nfev}, {handler.seconds:.2f} s inside them")
-    path = Path("output") / "blackbox_in_recurrent_model.png"
+    path = given.output / "blackbox_in_recurrent_model.png"
     draw({name: losses for name, (_, losses, _, _) in runs.items()}, path)
     print(f"drawn: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -15,20 +15,20 @@ Run: ``python examples/blackbox_regression.py``. It takes seconds, prints the we
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
 from ignite.engine import Engine, Events, create_supervised_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ignite_tbptt.blackbox import blackbox
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 TRUE_WEIGHTS = (1.2, -3.4)
 POINTS, BATCH, EPOCHS, LEARNING_RATE = 200, 10, 20, 0.1
@@ -70,7 +70,7 @@ class Trained:
     seconds: float
 
 
-def train(as_string: bool, validation: Tensor, seed: int = SEED) -> Trained:
+def train(as_string: bool, validation: Tensor, seed: int = SEED, epochs: int = EPOCHS) -> Trained:
     """Train one of the two, from the same start and on the same batches as the other."""
     data = torch.Generator().manual_seed(seed)
     x, start = torch.rand(POINTS, generator=data), torch.randn(2, generator=data)
@@ -87,7 +87,7 @@ def train(as_string: bool, validation: Tensor, seed: int = SEED) -> Trained:
         losses.append(engine.state.output)
 
     begun = time.perf_counter()
-    trainer.run(loader, max_epochs=EPOCHS)
+    trainer.run(loader, max_epochs=epochs)
     seconds = time.perf_counter() - begun
     with torch.no_grad():
         return Trained(model.w.tolist(), losses, model(validation), seconds)
@@ -95,7 +95,10 @@ def train(as_string: bool, validation: Tensor, seed: int = SEED) -> Trained:
 
 def draw(torch_run: Trained, text_run: Trained, validation: Tensor, path: Path) -> None:
     """The losses over one another, and what each misses of the true function."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.semilogy(torch_run.losses, color="0.6", linewidth=5, label="torch, autograd")
     left.semilogy(text_run.losses, color="C3", linewidth=1.2, label="string, central differences")
     left.set(xlabel="iteration", ylabel="mean squared error", title="Training loss")
@@ -107,14 +110,21 @@ def draw(torch_run: Trained, text_run: Trained, validation: Tensor, path: Path) 
     right.set(xlabel="x", ylabel="predicted - true", title=f"Validation: the two are at most {apart:.0e} apart")
     for axes in (left, right):
         axes.legend(frameon=False)
-    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Train both, compare, draw."""
+    parser = argparse.ArgumentParser(description="Regression through a string under eval, beside torch's own.")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the picture")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
+    given = parser.parse_args(arguments)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "this example needs matplotlib: pip install 'ignite-tbptt[plot]'\n")
+    given.output.mkdir(parents=True, exist_ok=True)
     validation = torch.linspace(0, 1, 50)
-    runs = {"torch": train(False, validation), "string": train(True, validation)}
+    epochs = 1 if given.quick else EPOCHS
+    runs = {"torch": train(False, validation, epochs=epochs), "string": train(True, validation, epochs=epochs)}
     print(f"{'':8}{'w0':>9}{'w1':>9}{'loss':>10}{'seconds':>9}    true weights {TRUE_WEIGHTS}")
     for name, run in runs.items():
         print(f"{name:8}{run.weights[0]:9.4f}{run.weights[1]:9.4f}{run.losses[-1]:10.1e}{run.seconds:9.2f}")
@@ -122,10 +132,10 @@ def main() -> None:
     apart = max(abs(a - b) for a, b in zip(runs["torch"].weights, runs["string"].weights, strict=True))
     print(f"weights at most {apart:.0e} apart")
     print(f"{as_text.nfev} evaluations of the string, {as_text.seconds:.2f} s, for {gradients} gradients")
-    path = Path("output/blackbox_regression.png")
+    path = given.output / "blackbox_regression.png"
     draw(runs["torch"], runs["string"], validation, path)
     print(f"drawn: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -13,6 +13,7 @@ of the single characters and zlib. It prints a table and a sample of text, and d
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import time
 import zlib
@@ -156,14 +157,22 @@ def draw(history: History, corpus: Corpus, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a character model on Python's documentation.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="folder for the picture and the checkpoints"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
     parser.add_argument("--cell", choices=["lstm", "gru"], default="lstm")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate of the one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output"))
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     arguments = parser.parse_args()
+    if not all(map(importlib.util.find_spec, ("matplotlib", "tqdm"))):
+        parser.exit(2, "this example needs matplotlib and tqdm: pip install 'ignite-tbptt[plot,progress]'\n")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.quick:
+        arguments.epochs, arguments.hidden_size = 1, 16
 
     began = time.perf_counter()
     torch.manual_seed(arguments.seed)
@@ -206,7 +215,6 @@ def main() -> None:
         seconds = time.perf_counter() - began
         print(f"epoch {trainer.state.epoch}: {bits:.3f} bits per held-out character, {seconds:.0f} s", flush=True)
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     to_save = {
         "trainer": trainer,
         "model": model,

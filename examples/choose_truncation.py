@@ -34,6 +34,7 @@ Control Gradient Bias, UAI 2019, arXiv:1905.07473, section 5.1.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import statistics
 import time
@@ -206,19 +207,23 @@ def compare(title: str, table: dict[int, list[float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Adaptive against fixed truncation on the copy task.")
+    parser.add_argument("--output", "--folder", type=Path, default=Path("output"), help="folder for the pictures")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
     parser.add_argument("--steps", type=int, default=36_000, help="time steps of each of the 64 rows")
     parser.add_argument("--window", type=int, default=80, help="time steps over which the decay is measured")
     parser.add_argument("--tolerance", type=float, default=0.5, help="relative bias that is allowed for")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("output"))
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "this example needs matplotlib: pip install 'ignite-tbptt[plot]'\n")
+    given.output.mkdir(parents=True, exist_ok=True)
+    given.steps = 2 * BATCH if given.quick else given.steps
     ways = (ADAPTIVE, *FIXED)
     print(f"copy task, {given.steps} steps of {ROWS} rows; perplexity of the copied symbols, {SYMBOLS} is guessing")
     print(f"{'seed':8}" + "".join(f"{name_of(length):>14}" for length in ways) + f"{'seconds':>10}")
     table: dict[int, list[Run]] = {length: [] for length in ways}
     for seed in given.seeds:
-        start, folder = time.perf_counter(), given.folder if seed == given.seeds[0] else None
+        start, folder = time.perf_counter(), given.output if seed == given.seeds[0] else None
         experiment = Experiment(given.steps, given.window, given.tolerance, seed, folder)
         print(f"{seed:<8}", end="", flush=True)
         for length, runs in table.items():
@@ -232,7 +237,7 @@ def main() -> None:
     if len(given.seeds) > 1:
         compare("at the end", {length: [run.last for run in runs] for length, runs in table.items()})
         compare("mean of the last three", {length: [run.late for run in runs] for length, runs in table.items()})
-    print(f"drawn: {given.folder}/choose_truncation_{{before,after,runs}}.png")
+    print(f"drawn: {', '.join(map(str, sorted(given.output.glob('choose_truncation_*.png'))))}")
 
 
 if __name__ == "__main__":

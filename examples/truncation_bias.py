@@ -14,6 +14,7 @@ Source: Tallec and Ollivier, Unbiasing Truncated Backpropagation Through Time, 2
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import time
 from pathlib import Path
@@ -112,16 +113,20 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     left.set(xlabel="time steps", ylabel="theta", ylim=(-0.5, 2.5), title="the parameter; dotted: its best value, -1/6")
     right.set(xlabel="time steps", ylabel="loss", yscale="log", ylim=(1e-30, 1e6), title="the loss")
     left.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Influence balancing: which truncation learns it.")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the picture")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
     parser.add_argument("--steps", type=int, default=30_000, help="time steps to train for")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random cuts")
-    parser.add_argument("--picture", type=Path, default=Path("output/truncation_bias.png"))
     given = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "this example needs matplotlib: pip install 'ignite-tbptt[plot]'\n")
+    given.output.mkdir(parents=True, exist_ok=True)
+    given.steps = 2000 if given.quick else given.steps
     reweighted = AnticipatedReweightedTruncation(steps=1, alpha=6, mean=16, seed=given.seed)
     # A window weighs its length over the mean, so that the rate for the sum of its losses is rate / mean.
     candidates: dict[str, tuple[TruncationPolicy, float]] = {
@@ -141,8 +146,9 @@ def main() -> None:
             f"{name:20}{curve.theta[-1]:>12.4g}{curve.loss[-1]:>12.1e}{curve.steps[-1]:>12}{seconds:>9.1f}{verdict}",
             flush=True,
         )
-    draw(curves, given.picture)
-    print(f"drawn: {given.picture}")
+    picture = given.output / "truncation_bias.png"
+    draw(curves, picture)
+    print(f"drawn: {picture}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class PerWindows:
 
     def scale(self, window: Window) -> float:
         """Return the loss weight of the window."""
-        return sum(segment.loss_weight for segment in window)
+        return window[0].loss_weight if len(window) == 1 else sum(segment.loss_weight for segment in window)
 
     def weights(self, window: Window, counts: Sequence[float]) -> list[float]:
         """Return the policy's loss weight for a step times how many count, over their sum."""

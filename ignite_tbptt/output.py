@@ -67,7 +67,10 @@ class BatchOutput:
         if self._windows == 2:
             first = self.weight
             self._output = _by_numbers(lambda number: first * number, self._output)
-        self._output = _by_numbers(lambda total, number: total + weight * number, self._output, output)
+        if type(output) is float and type(self._output) is float:
+            self._output += weight * output
+        else:
+            self._output = _by_numbers(lambda total, number: total + weight * number, self._output, output)
         self.weight += weight
 
     def result(self) -> Any:
@@ -79,8 +82,6 @@ class BatchOutput:
 
 def _by_numbers(fn: Callable[..., Any], *nodes: Any) -> Any:
     """Return a nest of what `fn` returns for the numbers of nests that are alike."""
-    if all(type(node) is float for node in nodes):
-        return fn(*nodes)
     if all(_has_mean(node) for node in nodes):
         return fn(*(node.detach() if isinstance(node, torch.Tensor) else node for node in nodes))
     below = [None if isinstance(node, OutputInChunks) else nest.children(node) for node in nodes]

@@ -1,7 +1,4 @@
-"""Handlers that live on time iterations: a progress bar for sequences that take a while.
-
-They need nothing but the events and counters of `events`, so they attach to trainers and evaluators alike.
-"""
+"""A progress bar over time iterations, for trainers and evaluators."""
 
 from __future__ import annotations
 
@@ -26,7 +23,8 @@ class TbpttProgressBar:
         shows ``Epoch [2/5] batch [3/10] chunk [7/20]:  24%|##4       | 47/200 [00:05<00:16, loss=1.83]``.
 
     The total is the number of time iterations of the epoch, estimated from the batches seen so far where their
-    lengths differ; without an epoch length it is that of the batch in hand.
+    lengths differ; without an epoch length it is that of the batch in hand. Nothing is shown where the error stream is
+    no terminal, as in a log file; ``disable=False`` shows it there too.
 
     Args:
         persist: leave the bar of a finished epoch on the screen.
@@ -44,7 +42,8 @@ class TbpttProgressBar:
                 "TbpttProgressBar draws with tqdm, which is not installed: pip install 'ignite-tbptt[progress]'."
             ) from error
         self._tqdm = tqdm
-        self._tqdm_kwargs = {"leave": persist, **tqdm_kwargs}
+        in_terminals_only = {} if "file" in tqdm_kwargs else {"disable": None}
+        self._tqdm_kwargs = {"leave": persist, **in_terminals_only, **tqdm_kwargs}
         self._bar: Any = None
         self._place = _Place()
 

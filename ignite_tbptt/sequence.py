@@ -69,9 +69,18 @@ def split_sequence(
     cut_run = plan.run_cutter(batch, ())
     if plan.unseen:
         names = ", ".join(nest.spell("batch", path) for path in plan.unseen)
-        raise ValueError(f"static and final must name entries of the batch, but it has no {names}.")
+        alike = [path for path, _ in nest.leaves(batch) if any(path[-len(part) :] == part for part in plan.unseen)]
+        raise ValueError(
+            f"static and final must name entries of the batch, but it has no {names}."
+            + (f" Name {_entry(alike[0])} instead, the keys that lead to it." if alike else "")
+        )
     plan.length = _agreed_length(plan.lengths, dim)
     return plan.length, _RunAhead(cut_run, plan.length)
+
+
+def _entry(path: Path) -> str:
+    """Spell a path as an entry of `static` or `final`."""
+    return repr(path[0] if len(path) == 1 else path)
 
 
 def _as_path(entry: Hashable) -> Path:
@@ -187,7 +196,8 @@ def _length(tensor: torch.Tensor, dim: int, path: Path) -> int:
         raise ValueError(
             f"dim={dim} is out of range for {nest.spell('batch', path)} of shape {tuple(tensor.shape)}: it has no such "
             "time axis. If it holds for the whole sequence, name it in "
-            "split_batch=functools.partial(split_sequence, static=[...]), or final=[...] for a target."
+            f"split_batch=functools.partial(split_sequence, static=[{_entry(path)}]), or final=[{_entry(path)}] for a "
+            "target."
         )
     return tensor.shape[dim]
 

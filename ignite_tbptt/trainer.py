@@ -150,8 +150,10 @@ def create_supervised_tbptt_trainer(
         model: called as ``model(x)`` for the first chunk of a sequence and ``model(x, hidden)`` from then on; returns
             ``(y_pred, hidden)``. The hidden state is any nest of tensors, None inside included.
         optimizer: steps once for every window, or as `gradient_accumulation_steps` says.
-        loss_fn: ``loss_fn(y_pred, y)`` returns a scalar, the mean over the chunk.
-        tbtt_step: time steps of a chunk (the last may be shorter), or a truncation policy. For chunks that grow attach
+        loss_fn: ``loss_fn(y_pred, y)`` returns a scalar, the mean over the chunk; or the sum, where its attribute or
+            bound argument `reduction` is "sum", as in ``MSELoss(reduction="sum")``.
+        tbtt_step: time steps of a chunk (the last may be shorter), or a truncation policy: ``FixedTruncation(50,
+            minimum=5)`` joins a tail of less than 5 steps to the chunk before it. For chunks that grow attach
             ``PiecewiseLinearStateScheduler([(1, 10), (1000, 100)], "tbtt_step")`` of Ignite at ITERATION_STARTED.
         dim: time axis of the tensors in a batch; may be negative.
         device: where chunks are moved to, one by one; the model is not moved. None leaves them where they are.
@@ -162,9 +164,9 @@ def create_supervised_tbptt_trainer(
             default is the loss as a number.
         model_transform: maps y_pred to what `loss_fn` takes, ``lambda y_pred: y_pred.transpose(1, 2)`` say.
         model_fn: ``model_fn(model, x, hidden)`` calls a model that is not called as above; `hidden` is None at first.
-        gradient_accumulation_steps: windows that share an optimizer step, on the mean of their losses; windows left
-            over at the end of a batch are stepped on too. "sequence": one step a batch, each window weighted by
-            its share of the time steps: the gradient of the mean loss over the whole sequence, truncated.
+        gradient_accumulation_steps: windows that share an optimizer step, over batches if need be, on the mean loss
+            over the time steps that count in them. Windows left over at the end of an epoch are stepped on too.
+            "sequence": one step a batch, the gradient of the mean loss over the whole sequence, truncated.
         amp_mode: "amp" for forward and loss under ``torch.autocast``, in the dtype of ``torch.get_autocast_dtype``:
             bfloat16 on CPU and float16 on CUDA, unless ``torch.set_autocast_dtype`` chose another.
         scaler: a ``torch.amp.GradScaler``, or True to have one made, as `engine.state.scaler`.
@@ -179,8 +181,8 @@ def create_supervised_tbptt_trainer(
         split_batch: ``split_batch(batch, dim)`` returns the length and the chunks; see `split_sequence`, also for
             entries without a time axis and many-to-one targets.
         loss_weight: ``loss_weight(x, y)`` returns how many time steps of a chunk count, in any unit, when there is
-            padding; `loss_fn` is expected to be the mean over those. A window with 0 advances the state, its loss is
-            not computed and no step is taken.
+            padding; `loss_fn` is expected to be the mean over those. A window with 0 advances the state: its loss is
+            not computed, no step is taken for it alone, and its output is None.
         checkpoint_segments: keep of each segment only its inputs and the state it starts from, and run it again for
             its gradient: the activations of one segment at a time, for one more forward pass. The result is the same,
             random numbers and buffers included, but for the order in which gradients are summed. For windows of many

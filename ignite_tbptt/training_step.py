@@ -175,7 +175,8 @@ class TbpttTrainingStep:
         closes = self.accumulation.closes(shared.windows, is_last, is_last and _ends_epoch(state))
         if shared.windows == 1:
             self.step.zero()
-            shared.expected = self.accumulation.expected(window[-1].stop - _first_counted(window), batch.length)
+            if not closes:
+                shared.expected = self.accumulation.expected(window[-1].stop - _first_counted(window), batch.length)
         if closes or self.ranks.count == 1:
             stopped = self._forward_backward_step(engine, batch, window, x, y, closes)
         else:
@@ -211,10 +212,11 @@ class TbpttTrainingStep:
                 look = self._look_with_others
         elif closes and has_listeners(engine, Tbptt_Events.BACKWARD_COMPLETED):
             look = _look
-        correction = 1.0
-        if closes and shared.windows == 1 and mean_steps:  # everything is known before backward
-            shared.expected = mean_steps
-            factor = self.reduction.factor(steps, shared) * self.reduction.correction(mean_steps, scale, shared)
+        factor = correction = 1.0
+        if closes and shared.windows == 1:  # everything is known before backward
+            if mean_steps:
+                shared.expected = mean_steps
+                factor = self.reduction.factor(steps, shared) * self.reduction.correction(mean_steps, scale, shared)
         else:
             factor = self.reduction.factor(steps, shared)
             if closes and mean_steps:

@@ -1,26 +1,59 @@
-"""The longest of the examples runs, at a size that shows nothing but that."""
+"""The examples run, at a size that shows nothing but that."""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_the_copy_task_compares_and_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def run(name: str, *arguments: str, **settings: Any) -> None:
+    """Run an example as a script of its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        main = runpy.run_path(str(EXAMPLES / name))["main"]
+        main.__globals__.update(settings)
+        main(*([arguments] if inspect.signature(main).parameters else []))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_the_examples_share_their_options(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(SystemExit):
+        run(name, "--help")
+    told = capsys.readouterr().out
+    assert "--output" in told
+    assert "--quick" in told
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == "matplotlib" else find(module))
+    with pytest.raises(SystemExit):
+        run(name, "--output", str(tmp_path / "none"))
+    assert "pip install 'ignite-tbptt[plot" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the first backward pass left")  # one example trains a cut model, to show it
+@pytest.mark.parametrize("name", ["blackbox_in_recurrent_model", "blackbox_regression", "truncation_bias"])
+def test_a_quick_run_draws_its_picture(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    script = runpy.run_path(str(EXAMPLES / "choose_truncation.py"))
-    settings = script["main"].__globals__
-    settings.update({"BATCH": 60, "ROWS": 4, "WARM_UP": 1})
-    arguments = ["--steps", "180", "--window", "20", "--seeds", "0", "1", "--folder", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["choose_truncation.py", *arguments])
-    script["main"]()
+    run(f"{name}.py", "--quick", "--output", str(tmp_path / "pictures"))
+    picture = tmp_path / "pictures" / f"{name}.png"
+    assert picture.stat().st_size > 10_000
+    assert str(picture) in capsys.readouterr().out
+
+
+def test_the_copy_task_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["--steps", "180", "--window", "20", "--seeds", "0", "1", "--output", str(tmp_path)]
+    run("choose_truncation.py", *arguments, BATCH=60, ROWS=4, WARM_UP=1)
     lines = capsys.readouterr().out.splitlines()
     for seed in (0, 1):
         (row,) = [line.split() for line in lines if line.startswith(f"{seed} ")]

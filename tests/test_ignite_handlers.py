@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from ignite.handlers import (
     Checkpoint,
     DiskSaver,
@@ -16,6 +16,7 @@ from ignite.handlers import (
     EMAHandler,
     FastaiLRFinder,
     HandlersTimeProfiler,
+    LinearCyclicalScheduler,
     LRScheduler,
     ProgressBar,
     Timer,
@@ -100,6 +101,42 @@ def test_lr_scheduler_on_optimizer_steps() -> None:
     trainer.add_event_handler(Tbptt_Events.OPTIMIZER_STEP_COMPLETED, scheduler)
     trainer.run(batches(2))  # three steps on six windows: the first event sets the first value
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**2)
+
+
+def rates_of_steps(optimizer: torch.optim.Optimizer) -> list[float]:
+    rates: list[float] = []
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: rates.append(opt.param_groups[0]["lr"]))
+    return rates
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", ["torch", "wrapped", "ignite"])
+def test_schedulers_give_each_step_the_rate_that_they_give_it_in_ignite(kind: str, accumulation: int) -> None:
+    """Of torch and of Ignite: in a loop of Ignite's own with as many iterations as there are optimizer steps."""
+
+    def scheduler_of(optimizer: Any) -> Any:
+        if kind == "torch":
+            step = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5).step
+            return lambda engine: step()
+        if kind == "wrapped":
+            return LRScheduler(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+        return LinearCyclicalScheduler(optimizer, "lr", 1.0, 0.0, 4)
+
+    optimizer = sgd(seeded(Forecaster))
+    expected = rates_of_steps(optimizer)
+    engine = Engine(lambda engine, batch: optimizer.step())
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED if kind == "torch" else Events.ITERATION_STARTED, scheduler_of(optimizer)
+    )
+    engine.run(range(6 // accumulation))
+    trainer = make_trainer(gradient_accumulation_steps=accumulation)
+    rates = rates_of_steps(trainer.optimizer)
+    trainer.add_event_handler(
+        Tbptt_Events.OPTIMIZER_STEP_COMPLETED if kind == "torch" else Tbptt_Events.BACKWARD_COMPLETED,
+        scheduler_of(trainer.optimizer),
+    )
+    trainer.run(batches(2))
+    assert rates == expected
 
 
 def test_state_param_scheduler_schedules_tbtt_step() -> None:
@@ -244,3 +281,12 @@ def test_the_progress_bar_refuses_an_engine_without_time() -> None:
         TbpttProgressBar().attach(Engine(lambda engine, batch: None))
     with pytest.raises(TypeError, match="metric_names must be a list of names, got the string 'loss'"):
         TbpttProgressBar().attach(make_trainer(), "loss")
+
+
+def test_the_progress_bar_is_quiet_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    settings: list[dict[str, Any]] = [{}, {"disable": False, "mininterval": 0}]
+    for kwargs in settings:
+        trainer = make_trainer()
+        TbpttProgressBar(**kwargs).attach(trainer)
+        trainer.run(batches(1))
+        assert bool(capsys.readouterr().err) == bool(kwargs)

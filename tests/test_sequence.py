@@ -100,6 +100,15 @@ def test_bad_batches_are_refused(batch: Any, dim: int, kind: type[Exception], me
         split_sequence(batch, dim)
 
 
+def test_the_errors_name_the_entry_by_its_path() -> None:
+    batch = ({"signal": ramp(6, 3), "speaker": ramp(3)}, ramp(6, 3))
+    with pytest.raises(ValueError, match=r"no batch\['speaker'\]. Name \(0, 'speaker'\) instead"):
+        split_sequence(batch, 0, static=["speaker"])
+    with pytest.raises(ValueError, match=r"static=\[\(0, 'speaker'\)\]\), or final"):
+        split_sequence(batch, 1)
+    assert split_sequence(batch, 0, static=[(0, "speaker")])[0] == 6
+
+
 @pytest.mark.parametrize("which", ["static", "final"])
 def test_an_entry_that_the_batch_does_not_have_is_refused(which: str) -> None:
     entries: dict[str, Any] = {which: ["speaker"]}
