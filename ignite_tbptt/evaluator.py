@@ -13,12 +13,13 @@ import torch
 from ignite.engine import Engine
 from ignite.metrics import Loss, MeanAbsoluteError, MeanPairwiseDistance, MeanSquaredError, Metric
 
-from ignite_tbptt.checkpoint import TimeEngine, track_position
+from ignite_tbptt.checkpoint import TimeEngine
 from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, fire, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, call_model, check_layout, count_steps, prepare_batch, unchanged
 from ignite_tbptt.hidden import HiddenCarry, warn_if_bidirectional
 from ignite_tbptt.output import BatchOutput
 from ignite_tbptt.policies import as_policy, check_steps
+from ignite_tbptt.position import track_position
 from ignite_tbptt.sequence import SplitBatch, split_sequence
 from ignite_tbptt.truncation import plan_windows
 from ignite_tbptt.warn import warn

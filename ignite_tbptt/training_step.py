@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
-from ignite_tbptt.checkpoint import TimeEngine, TimeState, track_position
+from ignite_tbptt.checkpoint import TimeEngine
 from ignite_tbptt.events import Tbptt_Events, fire, fire_and_ask, has_listeners, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, check_layout, count_steps
 from ignite_tbptt.hidden import HiddenCarry, HiddenThroughBatch, scale_gradient
 from ignite_tbptt.optimization import Accumulation, OptimizerStep, Reduction, SharedStep, checked_loss, zero_through
 from ignite_tbptt.output import BatchOutput
 from ignite_tbptt.policies import as_policy
+from ignite_tbptt.position import TimeState, track_position
 from ignite_tbptt.ranks import REFUSED, Ballot, Ranks, Stop
 from ignite_tbptt.recompute import Recompute
 from ignite_tbptt.sequence import Cut, SplitBatch

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from ignite_tbptt import ContiguousStreams, Tbptt_Events, create_supervised_tbptt_evaluator
-from ignite_tbptt.checkpoint import TimeEngine, track_position
+from ignite_tbptt.checkpoint import TimeEngine
+from ignite_tbptt.position import track_position
 from tests.helpers import Forecaster, batches, same, seeded, weights
 from tests.test_resume import Run, through_a_file, uninterrupted
 
