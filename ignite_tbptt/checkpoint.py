@@ -140,11 +140,10 @@ class TimeEngine(WindowEngine):
     def _setup_engine(self) -> None:
         # Ignite is about to iterate over the data of a run, behind the handlers of its first EPOCH_STARTED.
         place = self._time
-        resume, place.resume = place.resume, None
-        if resume is not None:
-            self._go_on(resume)
+        if place.resume is not None:
+            self._go_on(place.resume)
         super()._setup_engine()
-        place.batch_in_epoch = self._init_iter or 0
+        place.resume, place.batch_in_epoch = None, self._init_iter or 0
 
     def _go_on(self, resume: Resume) -> None:
         """Let the data go on where the checkpoint was saved, and the carried state with them."""
@@ -218,6 +217,13 @@ class TimeEngine(WindowEngine):
 
 class DeterministicTimeEngine(TimeEngine, DeterministicEngine):
     """The same on Ignite's `DeterministicEngine`."""
+
+    def _from_iteration(self, iteration: int) -> Iterator[Any]:
+        # Ignite tells the batch from the iteration, which is wrong where an epoch was cut short.
+        place = self._time
+        if place.resume is None:
+            place.data_position = iteration % (self._get_data_length(self.state.dataloader) or iteration + 1)
+        return super()._from_iteration(place.data_position)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -321,6 +321,26 @@ def test_a_checkpoint_of_an_epoch_that_was_cut_short_is_warned_about_wherever_it
             Run().trainer.load_state_dict(saved[iteration])
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("iteration", [2, 3, 6, 7])
+def test_the_data_go_on_where_they_were_after_an_epoch_that_was_cut_short(deterministic: bool, iteration: int) -> None:
+    run = Run(deterministic=deterministic)
+    seen, saved = first_batches(run), dict[int, Any]()
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.terminate_epoch())
+    run.trainer.add_event_handler(
+        Events.EPOCH_COMPLETED | Events.ITERATION_COMPLETED,
+        lambda e: saved.update({e.state.iteration: e.state_dict()}),
+    )
+    run.trainer.run(run.streams, max_epochs=2)
+    resumed = Run(deterministic=deterministic)
+    again = first_batches(resumed)
+    with pytest.warns(UserWarning, match="cut short"):
+        resumed.trainer.load_state_dict(saved[iteration])
+    resumed.trainer.run(resumed.streams)
+    expected = [*seen[iteration:], seen[0], seen[1]]
+    assert again[:2] == expected[:2]
+
+
 def test_a_checkpoint_of_a_batch_that_was_drawn_and_not_trained_on_is_warned_about() -> None:
     run, saved = Run(), dict[str, Any]()
     run.trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda e: saved.update(e.state_dict()))

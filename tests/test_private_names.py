@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import DeterministicEngine, Engine, Events
 from ignite.metrics import Loss, MeanSquaredError
 from torch import nn
 
@@ -82,6 +82,9 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_dataloader_iter": lambda: ran()._dataloader_iter is None,
     "_event_handlers": lambda: not ran()._event_handlers.get(Events.STARTED.name),
     "_fire_event": lambda: callable(ran()._fire_event),
+    "_from_iteration": lambda: (
+        "self._from_iteration(iteration)" in inspect.getsource(DeterministicEngine._setup_engine)
+    ),
     "_get_data_length": lambda: ran()._get_data_length([1, 2]) == 2,
     "_init_iter": lambda: ran()._init_iter is None,
     "_internal_run_generator": lambda: ran()._internal_run_generator is None,
@@ -136,6 +139,6 @@ def test_the_list_is_complete() -> None:
                 if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
                     used[name] = path.name
     # set on self, a subclass of Engine, or overridden there
-    ignite_own = {"_dataloader_iter", "_init_iter", "_internal_run_generator", "_setup_engine"}
+    ignite_own = {"_dataloader_iter", "_init_iter", "_internal_run_generator", "_setup_engine", "_from_iteration"}
     missing = {name: where for name, where in used.items() if name not in (own - ignite_own) | CANARIES.keys()}
     assert sorted(missing.items()) == []
