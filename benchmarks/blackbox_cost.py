@@ -204,7 +204,7 @@ def stacking() -> None:
     for batch in (1, 10, 32, 128, 256, 1024):
         x = torch.randn(batch, 64, requires_grad=True)
         serial = blackbox(net, in_dims=0)
-        stacked = blackbox(net, in_dims=0, evaluator=StackedEvaluation())
+        stacked = blackbox(net, in_dims=0, executor=StackedEvaluation())
         bare = x.detach()
         ways: list[Thunk] = [
             lambda f=stacked, x=x: f(x).sum().backward(),  # type: ignore[misc]

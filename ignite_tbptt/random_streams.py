@@ -59,6 +59,17 @@ class RandomStreams:
         legacy = before.numpy_legacy if before is not None and known else _from_numpy()
         return cls(torch.get_rng_state(), cuda, legacy, random.getstate())
 
+    @classmethod
+    def latest(cls) -> RandomStreams:
+        """The present state, taken from the last one that was asked for here where nothing has moved since.
+
+        A state of numpy's that was set by hand, of the same words but with a normal number kept for later, is not told
+        from the last one: use `now` for whoever draws.
+        """
+        if not _LATEST or _LATEST[0].have_moved():
+            _LATEST[:] = [cls.now()]
+        return _LATEST[0]
+
     def have_moved(self) -> bool:
         """Whether any stream was drawn from, or set, since.
 
@@ -105,6 +116,7 @@ def _numpy_has_moved(before: Any) -> bool:
     return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
 
 
+_LATEST: list[RandomStreams] = []
 _Twister = ctypes.c_uint32 * 625
 
 

@@ -76,6 +76,7 @@ CANARIES: dict[str, Callable[[], Any]] = {
     ),
     "_sequence_nr": lambda: product().grad_fn._sequence_nr() < product().grad_fn._sequence_nr(),  # type: ignore[union-attr]
     "_version": lambda: torch.zeros(1).add_(1)._version == 1,
+    "_will_engine_execute_node": lambda: callable(torch._C._will_engine_execute_node),
     # Ignite
     "_allowed_events": lambda: Events.STARTED in ran()._allowed_events,
     "_batch_size": lambda: Loss(nn.functional.mse_loss)._batch_size is len,

@@ -2,16 +2,18 @@
 
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts
-from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference, GaussianSmoothing
-from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator, SerialEvaluation, StackedEvaluation
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
+from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, StepSize
 from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
+from ignite_tbptt.blackbox.task import EvaluationCount, Executor, Result, SerialEvaluation, StackedEvaluation, Task
+
+Evaluator = Executor
 
 __all__ = [
     "SPSA",
@@ -28,6 +30,7 @@ __all__ = [
     "Estimator",
     "EvaluationCount",
     "Evaluator",
+    "Executor",
     "FiniteDifferenceGradients",
     "ForwardDifference",
     "Gaussian",
@@ -38,11 +41,13 @@ __all__ = [
     "PerInputStep",
     "Rademacher",
     "RelativeStep",
+    "Result",
     "SerialEvaluation",
     "StackedEvaluation",
     "Stencil",
     "StepSize",
     "StepSweep",
+    "Task",
     "UntrustedGradientWarning",
     "backward",
     "bind",

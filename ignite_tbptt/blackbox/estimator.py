@@ -4,8 +4,9 @@ The idea, for an output cotangent v, with no Jacobian ever formed::
 
     g = sum_d  < v , sum_j w_j f(x + c_j h_d d) > / h_d  *  d_dual
 
-`Estimator.perturb` says where f is to be evaluated and `Estimator.contract` turns what came out into slopes; f itself
-is never called here. Any stencil pairs with any directions and any step size; the named estimators only fill the slots.
+`Estimator.plan` says where f is to be evaluated, `quotients` turns what came out into slopes of every output, and
+`contract` turns these into slopes of <v, f>; f itself is never called here. Any stencil pairs with any directions and
+any step size; the named estimators only fill the slots.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.blocks import Block
-from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
+from ignite_tbptt.blackbox.block import Block
+from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, require_positive
 
@@ -30,6 +31,7 @@ __all__ = [
     "GaussianSmoothing",
     "all_finite",
     "contract",
+    "quotients",
 ]
 
 
@@ -38,7 +40,7 @@ class Estimator:
     """How a gradient is estimated from values.
 
     Example:
-        >>> from ignite_tbptt.blackbox.directions import Orthogonal
+        >>> from ignite_tbptt.blackbox.moves import Orthogonal
         >>> from ignite_tbptt.blackbox.stencil import central
         >>> Estimator(central(order=4), Orthogonal(8)).stencil.offsets
         (-2, -1, 1, 2)
@@ -53,20 +55,9 @@ class Estimator:
     directions: Directions = field(default_factory=Coordinates)
     step_size: StepSize = field(default_factory=RelativeStep)
 
-    def perturb(self, block: Block, eps: float, points: int, draw: int) -> Iterator[Moves]:
+    def plan(self, block: Block, eps: float, points: int, draw: int) -> Iterator[Moves]:
         """Yield all moves of a block, in portions of about `points` evaluations; see `Directions.moves`."""
         return self.directions.moves(block, self.stencil, self.step_size, eps, points, draw)
-
-    def contract(
-        self,
-        moves: Moves,
-        outputs: Sequence[Tensor],
-        cotangents: Sequence[Tensor],
-        first: Sequence[Tensor],
-        out_dims: Sequence[int] | None,
-    ) -> Tensor:
-        """Slopes of <v, f> along each move; see `contract`."""
-        return contract(moves, outputs, cotangents, first, out_dims)
 
 
 def ForwardDifference(step_size: StepSize | None = None) -> Estimator:  # noqa: N802 - reads as a kind of estimator
@@ -126,68 +117,88 @@ def GaussianSmoothing(n: int, sigma: float, seed: int = 0) -> Estimator:  # noqa
     return Estimator(central(), Gaussian(n, seed), AbsoluteStep(sigma))
 
 
-def contract(
-    moves: Moves,
-    outputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    first: Sequence[Tensor],
-    out_dims: Sequence[int] | None,
-) -> Tensor:
-    """Slopes of <v, f> along each move, each row of the output counting for the row that was moved.
+def quotients(
+    moves: Moves, values: Sequence[Tensor], first: Sequence[Tensor], dims: Sequence[int] | None
+) -> list[Tensor]:
+    """The slope of every output along each move.
 
-    Where f is NaN or infinite at some of the points, the slope there is taken by the best formula on the points that
+    Where an output is NaN or infinite at some of the points, its slope is taken by the best formula on the points that
     are left and x itself.
 
     Args:
-        moves: which points the outputs belong to.
-        outputs: each output tensor at all points, (count * offsets, *shape).
-        cotangents: v for each output.
+        moves: which points the values belong to.
+        values: each output tensor at all points, (count * offsets, *shape).
         first: each output at x.
-        out_dims: the axis of the rows in each output, None where the block has one row only.
+        dims: the axis of the rows in each output, None where the block has one row only.
 
     Returns:
-        Tensor (count, rows), in double precision, NaN where no slope could be taken.
+        Tensors (count, *shape), in double precision, NaN where no slope could be taken.
     """
     stencil = moves.stencil
-    shape = (moves.count, len(stencil.evaluated))
-    # in double precision from here on: what is subtracted from these or multiplied with them is promoted
-    values = [_wide(output).view(shape + output.shape[1:]) for output in outputs]
-    slopes = _slopes(moves, stencil, values, cotangents, first, out_dims)
-    if all_finite(slopes):
-        return slopes
-    finite = _finite(moves, values, out_dims)
-    cleaned = [torch.where(torch.isfinite(value), value, 0.0) for value in values]
-    broken = ~torch.isfinite(slopes)
-    slopes = torch.where(broken, torch.nan, slopes)
+    offsets = len(stencil.evaluated)
+    weights = stencil.evaluated_weights
+    realised = moves.realised(weights)
+    found = []
+    for k, (value, y) in enumerate(zip(values, first, strict=True)):
+        dim = None if dims is None else dims[k]
+        # in double precision from here on: what is subtracted from these or multiplied with them is promoted
+        points = _wide(value).view((moves.count, offsets, *value.shape[1:]))
+        slope = weighted(points, y, weights).div_(_along(realised, dim, y.dim()))
+        if not all_finite(slope):
+            slope = _where_finite(moves, points, y, dim, slope)
+        found.append(slope)
+    return found
+
+
+def _where_finite(moves: Moves, points: Tensor, y: Tensor, dim: int | None, slope: Tensor) -> Tensor:
+    """Take slopes that are missing by the best formula on the points that are finite."""
+    stencil = moves.stencil
+    broken = ~torch.isfinite(slope)
+    slope = torch.where(broken, torch.nan, slope)
+    finite = torch.isfinite(points)
+    cleaned = torch.where(finite, points, 0.0)
     for pattern in torch.unique(finite.movedim(1, -1)[broken], dim=0):
         left = stencil.among(offset for offset, ok in zip(stencil.evaluated, pattern.tolist(), strict=True) if ok)
         if left is None:
             continue
-        here = broken & (finite == pattern.view(1, -1, 1)).all(1)
-        slopes = torch.where(here, _slopes(moves, left, cleaned, cotangents, first, out_dims), slopes)
-    return slopes
+        shape = (1, len(stencil.evaluated), *[1] * (points.dim() - 2))
+        here = broken & (finite == pattern.view(shape)).all(1)
+        weights = left.weights_at(stencil.evaluated)
+        other = weighted(cleaned, y, weights).div_(_along(moves.realised(weights), dim, y.dim()))
+        slope = torch.where(here & torch.isfinite(y), other, slope)
+    return slope
 
 
-def _slopes(
-    moves: Moves,
-    stencil: Stencil,
-    values: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    first: Sequence[Tensor],
-    out_dims: Sequence[int] | None,
+def _along(realised: Tensor, dim: int | None, axes: int) -> Tensor:
+    """(count, rows) in the shape of outputs that have their rows at an axis, (count, 1, .., rows, .., 1)."""
+    shape = [len(realised), *[1] * axes]
+    if dim is not None:
+        shape[dim + 1] = realised.shape[1]
+    return realised.view(shape)
+
+
+def contract(
+    slopes: Sequence[Tensor], cotangents: Sequence[Tensor], dims: Sequence[int] | None, broken: bool = False
 ) -> Tensor:
-    """Slopes by a stencil on some of the offsets at which the moves were evaluated."""
-    own = stencil is moves.stencil
-    weights = stencil.evaluated_weights if own else stencil.weights_at(moves.stencil.evaluated)
+    """Slopes of <v, f> along each move, (count, rows), each row of the output counting for the row that was moved.
+
+    Args:
+        slopes: of every output, (count, *shape).
+        cotangents: v for each output.
+        dims: the axis of the rows in each output, None where the block has one row only.
+        broken: whether some slopes are NaN, which counts only where v is not 0.
+    """
     total: Tensor | None = None
-    for k, (value, cotangent) in enumerate(zip(values, cotangents, strict=True)):
-        difference = weighted(value, first[k], weights)
-        share = _by_row(difference.mul_(cotangent), 0 if out_dims is None else out_dims[k])
-        if out_dims is None:
+    for k, (slope, cotangent) in enumerate(zip(slopes, cotangents, strict=True)):
+        product = slope * cotangent
+        if broken:
+            product = torch.where((cotangent == 0) & slope.isnan(), 0.0, product)
+        share = _by_row(product, 0 if dims is None else dims[k])
+        if dims is None:
             share = share.sum(1, keepdim=True)
         total = share if total is None else total + share
     assert total is not None
-    return total / moves.realised(weights)
+    return total
 
 
 def _by_row(values: Tensor, dim: int) -> Tensor:
@@ -197,23 +208,9 @@ def _by_row(values: Tensor, dim: int) -> Tensor:
     once add the same numbers in the same order.
     """
     if values.dim() <= 2:
-        return values.view(len(values), -1)
+        return values.reshape(len(values), -1)
     moved = values.movedim(dim + 1, 1) if dim else values
     return moved.reshape(moved.shape[0], moved.shape[1], -1).sum(-1)
-
-
-def _finite(moves: Moves, values: Sequence[Tensor], out_dims: Sequence[int] | None) -> Tensor:
-    """(count, offsets, rows): whether all outputs of the row are finite there."""
-    finite: Tensor | None = None
-    for k, value in enumerate(values):
-        flat = torch.isfinite(value).flatten(0, 1).logical_not().double()
-        bad = _by_row(flat, 0 if out_dims is None else out_dims[k])
-        if out_dims is None:
-            bad = bad.sum(1, keepdim=True)
-        good = (bad == 0).unflatten(0, value.shape[:2])
-        finite = good if finite is None else finite & good
-    assert finite is not None
-    return finite
 
 
 def all_finite(values: Tensor) -> bool:

@@ -22,8 +22,9 @@ from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.cut_report import GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts, is_compiled, unwrapped
 from ignite_tbptt.blackbox.estimator import Estimator
-from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
 from ignite_tbptt.blackbox.module import bind, bindings_of
+from ignite_tbptt.blackbox.options import make_options
+from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 
 __all__ = ["FiniteDifferenceGradients", "ModuleChoice"]
 
@@ -54,11 +55,13 @@ class FiniteDifferenceGradients:
         modules: names as in ``model.named_modules()`` (of the model inside its wrapper), module classes, or modules
             themselves, one or several; None to find them. A module inside another chosen one is covered by it.
         estimator: how gradients are estimated; central differences by default.
-        evaluator: where the evaluations run; one after the other by default.
+        executor: where the evaluations run, as in `blackbox`.
         in_dims: the batch axis of each positional argument of the chosen modules whose rows are independent, as in
             `blackbox`: a column of rows then costs no more than one element. Modules that differ in this need a handler
             each.
         out_dims: the batch axis of their outputs, where in_dims is given.
+        repeatable: False for modules that are noisy by nature, as in `blackbox`.
+        evaluator: the old name of `executor`.
 
     Attributes:
         counts: evaluations and seconds for each bound module, by name, over all runs.
@@ -75,9 +78,11 @@ class FiniteDifferenceGradients:
         modules: ModuleChoice | Iterable[ModuleChoice] | None = None,
         *,
         estimator: Estimator | None = None,
-        evaluator: Evaluator | None = None,
+        executor: Executor | None = None,
         in_dims: Any = None,
-        out_dims: int | Sequence[int] = 0,
+        out_dims: int | Sequence[int | None] | None = 0,
+        repeatable: bool = True,
+        evaluator: Executor | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             kind = type(model).__name__
@@ -85,11 +90,13 @@ class FiniteDifferenceGradients:
         self._wrapped = model
         self._model: nn.Module = unwrapped(model)
         self._chosen = None if modules is None else _chosen(self._model, modules)
+        make_options(estimator, executor, in_dims, out_dims, None, False, repeatable, evaluator, 2)
         self._options: dict[str, Any] = {
             "estimator": estimator,
-            "evaluator": evaluator,
+            "executor": evaluator if executor is None else executor,
             "in_dims": in_dims,
             "out_dims": out_dims,
+            "repeatable": repeatable,
         }
         self.counts: dict[str, EvaluationCount] = {}
         self.report: GraphCutReport | None = None

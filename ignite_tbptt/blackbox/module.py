@@ -2,10 +2,9 @@
 
 The idea: let the module's own forward run, once and untouched; a forward hook then detaches what came out and gives it
 a ``grad_fn`` whose backward evaluates ``module.forward`` at moved inputs and parameters. The module stays the object it
-is, so state_dict keys, optimizers, deepcopy, pickling and DistributedDataParallel notice nothing. Evaluations go
-through `torch.func.functional_call`, never through in-place moves of a weight, and start from the `ModuleState` in
-which the forward began. Pairs with every estimator and evaluator; `handler` decides which modules are bound and for how
-long.
+is, so state_dict keys, optimizers, deepcopy, pickling and DistributedDataParallel notice nothing. Evaluations run
+on copies of the module, in the `ModuleState` in which the forward began, never through in-place moves of a weight.
+Pairs with every estimator and executor; `handler` decides which modules are bound and for how long.
 """
 
 from __future__ import annotations
@@ -18,15 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from ignite_tbptt import nest
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.estimator import Estimator
-from ignite_tbptt.blackbox.evaluation import EvaluationCount, Evaluator
-from ignite_tbptt.blackbox.function import blackbox
-from ignite_tbptt.blackbox.module_call import Differencing, ModuleCall, tensors_of_call
+from ignite_tbptt.blackbox.facts import Facts
+from ignite_tbptt.blackbox.flat import Captured, FlatCall, call_forward, call_module
+from ignite_tbptt.blackbox.function import BlackboxFunction
 from ignite_tbptt.blackbox.module_state import ModuleState
+from ignite_tbptt.blackbox.node import called, with_known_outputs
+from ignite_tbptt.blackbox.options import Options, make_options
 from ignite_tbptt.blackbox.reach import Reach
+from ignite_tbptt.blackbox.record import ALONE, Record
+from ignite_tbptt.blackbox.task import EvaluationCount, Executor
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]
 
@@ -35,7 +39,8 @@ __all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]
 class _Begun:
     """A forward that is under way: the state it began in and the inputs it was called with."""
 
-    state: ModuleState
+    captured: Captured
+    streams: RandomStreams
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -56,10 +61,12 @@ class Binding:
         active: False once removed.
     """
 
-    def __init__(self, name: str, how: Differencing) -> None:
+    def __init__(self, name: str, options: Options, count: EvaluationCount) -> None:
         self.name = name
         self.active = True
-        self._how = how
+        self._options = options
+        self._count = count
+        self._facts = Facts(name)
         self._begun: dict[tuple[int, int], list[_Begun | None]] = {}
         self._checked = self._told = False
 
@@ -83,10 +90,11 @@ class Binding:
                 f"{self.name}: DataParallel runs copies whose parameters are not parameters, so that theirs cannot be "
                 "moved; use DistributedDataParallel, or one device"
             )
-        state = ModuleState.of(module)
-        self._warn_once_of_hidden_gradients(module, state)
-        waiting.append(_Begun(state, args, kwargs))
-        copies: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_copied, (args, kwargs))
+        captured = Captured(*ModuleState.of(module), module)
+        self._warn_once_of_hidden_gradients(module, captured.state)
+        copies: tuple[tuple[Any, ...], dict[str, Any]] = nest.map_tensors(torch.clone, (args, kwargs))
+        ALONE.acquire()  # until `finish`: nobody else draws random numbers meanwhile
+        waiting.append(_Begun(captured, self._facts.streams(), args, kwargs))
         return copies
 
     @outside_compiled_code
@@ -97,17 +105,27 @@ class Binding:
         begun = waiting.pop() if waiting else None
         if not waiting:
             self._begun.pop(key, None)
-        if begun is None or outputs is None:
+        if begun is None:
             return None
+        try:
+            return None if outputs is None else self._with_gradient(module, begun, args, kwargs, outputs)
+        finally:
+            ALONE.release()
+
+    def _with_gradient(
+        self, module: nn.Module, begun: _Begun, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
         # A full backward hook hands its inputs through a node of its own, which the gradient has to pass.
         hooked = bool(module._backward_hooks or module._backward_pre_hooks)
         args, kwargs = args if hooked else begun.args, begun.kwargs
-        call = ModuleCall(module, begun.state, args, kwargs, self.name, hooked=False)
-        tensors = tensors_of_call(module, args, kwargs)
-        if not any(tensor.requires_grad for tensor in tensors):
+        flat = FlatCall(call_forward, (begun.captured, *args), kwargs, label=self.name)
+        if not any(tensor.requires_grad for tensor in flat.tensors):
             return None
-        self._warn_once_where_autograd_sees(tensors, outputs)
-        return call.differentiable(outputs, tensors, self._how)
+        self._warn_once_where_autograd_sees(flat.tensors, outputs)
+        begun.captured.state.adopt(module)
+        flat.bind_in_dims(self._options.in_dims)
+        record = Record(flat, self._options, self._count, self._facts)
+        return with_known_outputs(record, outputs, begun.streams)
 
     def _in_charge(self, module: nn.Module) -> bool:
         """Of several bindings on one module the one that came last answers, the others stand by."""
@@ -144,10 +162,12 @@ def bind(
     *,
     name: str | None = None,
     estimator: Estimator | None = None,
-    evaluator: Evaluator | None = None,
+    executor: Executor | None = None,
     in_dims: Any = None,
-    out_dims: int | Sequence[int] = 0,
+    out_dims: int | Sequence[int | None] | None = 0,
+    repeatable: bool = True,
     count: EvaluationCount | None = None,
+    evaluator: Executor | None = None,
 ) -> Callable[[], None]:
     """Give a module finite-difference gradients, in place; returns the function that takes them away again.
 
@@ -169,11 +189,13 @@ def bind(
         module: any module that runs in Python.
         name: what to call it in messages; its class by default.
         estimator: how the gradient is estimated; central differences by default.
-        evaluator: where the evaluations run; one after the other by default.
+        executor: where the evaluations run, as in `blackbox`.
         in_dims: the batch axis of each positional argument whose rows are independent, as in `blackbox`; parameters are
             shared by all rows.
         out_dims: the batch axis of the outputs, where in_dims is given.
+        repeatable: False for a module that is noisy by nature, as in `blackbox`.
         count: where to count evaluations and seconds.
+        evaluator: the old name of `executor`.
 
     Raises:
         TypeError: module is not an nn.Module, or a ScriptModule, whose forward takes no hooks of this kind.
@@ -183,8 +205,9 @@ def bind(
             f"module must be a torch.nn.Module, got {type(module).__name__}; for a function use blackbox(fn)"
         )
     _refuse_script(module)
-    how = Differencing(estimator, evaluator, in_dims, out_dims, EvaluationCount() if count is None else count)
-    binding = Binding(type(module).__name__ if name is None else name, how)
+    options = make_options(estimator, executor, in_dims, out_dims, None, False, repeatable, evaluator, 2)
+    count = EvaluationCount() if count is None else count
+    binding = Binding(type(module).__name__ if name is None else name, options, count)
     before = module.register_forward_pre_hook(binding.begin, with_kwargs=True)
     after = module.register_forward_hook(binding.finish, with_kwargs=True, prepend=True, always_call=True)
 
@@ -243,10 +266,13 @@ class Blackbox(nn.Module):
     Args:
         module_or_fn: an nn.Module, or a function of tensors.
         estimator: how the gradient is estimated; central differences by default.
-        evaluator: where the evaluations run; one after the other by default.
+        executor: where the evaluations run, as in `blackbox`.
         in_dims: the batch axis of each positional argument whose rows are independent, as in `blackbox`.
         out_dims: the batch axis of the outputs, where in_dims is given.
         numpy: hand the function numpy arrays, as `blackbox` does; for functions only.
+        repeatable: False for what is noisy by nature, as in `blackbox`.
+        count: where to count evaluations and seconds.
+        evaluator: the old name of `executor`.
 
     Raises:
         TypeError: module_or_fn is not callable, or is a ScriptModule.
@@ -258,10 +284,14 @@ class Blackbox(nn.Module):
         module_or_fn: Callable[..., Any],
         *,
         estimator: Estimator | None = None,
-        evaluator: Evaluator | None = None,
+        executor: Executor | None = None,
         in_dims: Any = None,
-        out_dims: int | Sequence[int] = 0,
+        out_dims: int | Sequence[int | None] | None = 0,
         numpy: bool = False,
+        dtype: torch.dtype | None = None,
+        repeatable: bool = True,
+        count: EvaluationCount | None = None,
+        evaluator: Executor | None = None,
     ) -> None:
         super().__init__()
         if not callable(module_or_fn):
@@ -269,7 +299,9 @@ class Blackbox(nn.Module):
                 f"module_or_fn must be a torch.nn.Module or a function, got {module_or_fn!r} of type "
                 f"{type(module_or_fn).__name__}: there is nothing to evaluate; pass it itself, not what it returns"
             )
-        self._how = Differencing(estimator, evaluator, in_dims, out_dims)
+        self._options = make_options(estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2)
+        self._chosen = estimator
+        self.count = EvaluationCount() if count is None else count
         self.module: nn.Module | None = None
         self._function: Callable[..., Any] | None = None
         if isinstance(module_or_fn, nn.Module):
@@ -277,22 +309,10 @@ class Blackbox(nn.Module):
                 raise ValueError("numpy=True is for functions of arrays; a module is handed tensors, leave it out")
             _refuse_script(module_or_fn)
             self.module = module_or_fn
+            self._facts = Facts(type(module_or_fn).__name__)
         else:
             self.fn = module_or_fn
-            self._function = blackbox(
-                module_or_fn,
-                estimator=estimator,
-                evaluator=evaluator,
-                in_dims=in_dims,
-                out_dims=out_dims,
-                numpy=numpy,
-                count=self.count,
-            )
-
-    @property
-    def count(self) -> EvaluationCount:
-        """What gradients have cost so far."""
-        return self._how.count
+            self._function = BlackboxFunction(module_or_fn, self._options, self.count)
 
     @property
     def nfev(self) -> int:
@@ -309,18 +329,14 @@ class Blackbox(nn.Module):
         if self.module is None:
             assert self._function is not None
             return self._function(*args, **kwargs)
-        state = ModuleState.of(self.module)
-        copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
-        with torch.no_grad():
-            outputs = self.module(*copied_args, **copied_kwargs)
-        call = ModuleCall(self.module, state, args, kwargs, type(self.module).__name__, hooked=True)
-        tensors = tensors_of_call(self.module, args, kwargs)
-        return call.differentiable(outputs, tensors, self._how)
+        flat = FlatCall(call_module, (self.module, *args), kwargs, label=type(self.module).__name__)
+        flat.bind_in_dims(self._options.in_dims)
+        return called(Record(flat, self._options, self.count, self._facts))
 
     def extra_repr(self) -> str:
         """The function, where there is one, and the estimator."""
         function = [] if self._function is None else [getattr(self.fn, "__name__", repr(self.fn))]
-        chosen = [] if self._how.estimator is None else [f"estimator={self._how.estimator}"]
+        chosen = [] if self._chosen is None else [f"estimator={self._chosen}"]
         return ", ".join(function + chosen)
 
 
@@ -330,7 +346,3 @@ def _refuse_script(module: nn.Module) -> None:
             "module is a ScriptModule, whose forward cannot be run with other tensors in the place of its parameters; "
             "use the Python module that it was made of"
         )
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

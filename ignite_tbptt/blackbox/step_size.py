@@ -8,7 +8,6 @@ by them still uses the step as realised. Pairs with any stencil and any directio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -52,15 +51,6 @@ class StepSize(Protocol):
             stencil: the formula that the steps are for.
             eps: distance from 1 to the next number, in the coarser of the precisions of x and f(x).
             position: which of the tensors that require grad x is.
-        """
-        ...
-
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """One step for directions that move all elements of all tensors, none by more than `scale` steps.
-
-        `positions` says which of the tensors that require grad each is.
         """
         ...
 
@@ -120,13 +110,6 @@ class RelativeStep:
             _refuse_zero(sizes, x, position)
         return Steps(_refuse_lost("factor", sizes, x) if self.factor is not None else sizes)
 
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """See `StepSize.along`: the step that the largest element asks for, so that none is lost in rounding."""
-        pairs = zip(xs, positions, strict=True)
-        return max((float(self.each(x, stencil, eps, k).sizes.max()) for x, k in pairs if x.numel()), default=eps)
-
     def inside(self, x: Tensor, position: int) -> Tensor:
         """See `StepSize.inside`."""
         return x
@@ -166,14 +149,6 @@ class AbsoluteStep:
             sizes = torch.full_like(x, self.h, memory_format=torch.contiguous_format)
         return Steps(_refuse_lost("h", sizes, x))
 
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """See `StepSize.along`: as given, the smallest where elements have their own."""
-        for x in xs:
-            _refuse_lost("h", torch.full_like(x, float(_numbers(self.h).min())), x)
-        return float(_numbers(self.h).min())
-
     def inside(self, x: Tensor, position: int) -> Tensor:
         """See `StepSize.inside`."""
         return x
@@ -207,13 +182,6 @@ class PerInputStep:
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
         return self.of(position).each(x, stencil, eps, position)
-
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """See `StepSize.along`: the smallest of all."""
-        pairs = [(x, k) for x, k in zip(xs, positions, strict=True) if x.numel()]
-        return min((self.of(k).along([x], stencil, eps, scale, [k]) for x, k in pairs), default=eps)
 
     def inside(self, x: Tensor, position: int) -> Tensor:
         """See `StepSize.inside`."""
@@ -283,23 +251,6 @@ class BoundedStep:
         size = torch.where(one_sided, torch.where(turned, -size, size), two_sided) * sign
         _refuse_lost("the room between lower and upper", size, x)
         return Steps(size, one_sided if bool(one_sided.any()) else None)
-
-    def along(
-        self, xs: Sequence[Tensor], stencil: Stencil, eps: float, scale: float, positions: Sequence[int]
-    ) -> float:
-        """See `StepSize.along`."""
-        pairs = [(x, position) for x, position in zip(xs, positions, strict=True) if x.numel()]
-        wanted = self.step_size.along(xs, stencil, eps, scale, positions)
-        fitting = min((float(side.min()) for pair in pairs for side in _room(self, *pair)), default=math.inf)
-        fitting /= scale * stencil.reach
-        if fitting >= wanted:
-            return wanted
-        if fitting < wanted / 4:
-            raise ValueError(
-                f"bounds leave random directions a step of {fitting:.3g} where {wanted:.3g} is needed: they move all "
-                "elements at once, to both sides, and one of them is at its bound; use Coordinates(), which turn round"
-            )
-        return 2.0 ** math.floor(math.log2(fitting))  # exact in whatever precision the directions are drawn
 
     def inside(self, x: Tensor, position: int) -> Tensor:
         """See `StepSize.inside`."""

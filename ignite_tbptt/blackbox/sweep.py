@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.arguments import Arguments
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.outputs import Outputs
+from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.stencil import Stencil, central
 from ignite_tbptt.random_streams import RandomStreams
 
@@ -133,8 +132,8 @@ class _Line:
 
     def __init__(self, fn: Callable[..., Any], inputs: tuple[Any, ...], numpy: bool, seed: int) -> None:
         self.label = getattr(fn, "__name__", type(fn).__name__)
-        self._arguments = Arguments(fn, inputs, {}, numpy=numpy)
-        self._function = self._arguments.as_function
+        self._arguments = FlatCall(fn, inputs, {}, numpy=numpy)
+        self._function = self._arguments
         tensors = self._arguments.tensors
         floats = [k for k, tensor in enumerate(tensors) if tensor.is_floating_point() and tensor.numel()]
         self._moved = [k for k in floats if tensors[k].requires_grad] or floats

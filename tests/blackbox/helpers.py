@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ignite_tbptt.blackbox.directions import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
-from ignite_tbptt.blackbox.evaluation import Evaluator, SerialEvaluation, StackedEvaluation
+from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
+from ignite_tbptt.blackbox.task import Executor, SerialEvaluation, StackedEvaluation
 
 STENCILS: dict[str, Stencil] = {
     "forward": forward(),
@@ -33,7 +33,7 @@ COORDINATE_ESTIMATORS: dict[str, Estimator] = {
     "order 4": CentralDifference(order=4),
 }
 
-EVALUATORS: dict[str, Evaluator] = {
+EVALUATORS: dict[str, Executor] = {
     "serial": SerialEvaluation(),
     "serial, a point at a time": SerialEvaluation(chunk_bytes=1),
     "stacked": StackedEvaluation(),

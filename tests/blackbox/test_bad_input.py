@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ignite_tbptt.blackbox.directions import Rademacher
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference
-from ignite_tbptt.blackbox.evaluation import StackedEvaluation
-from ignite_tbptt.blackbox.function import blackbox, differentiable_call
+from ignite_tbptt.blackbox.function import blackbox
+from ignite_tbptt.blackbox.moves import Rademacher
 from ignite_tbptt.blackbox.stencil import backward, central
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, RelativeStep
+from ignite_tbptt.blackbox.task import StackedEvaluation
 
 
 def ones(*shape: int, **options: Any) -> Tensor:
@@ -35,8 +35,11 @@ def test_a_function_that_is_none() -> None:
     [(None, "NoneType"), ("text", "str"), ([1, True], "bool, int"), (torch.ones(2).long(), "integer")],
 )
 def test_outputs_without_numbers(value: Any, found: str) -> None:
+    def f(x: Tensor) -> Any:
+        return value
+
     with pytest.raises(TypeError, match=rf"(?s)f returned nothing to differentiate: .* only {found}"):
-        differentiable_call(lambda x: value, [ones(2)], label="f")
+        blackbox(f)(ones(2))
 
 
 def test_complex_outputs_and_inputs() -> None:
@@ -195,7 +198,7 @@ def test_outputs_without_the_rows() -> None:
 def test_coupled_rows(evaluator: Any) -> None:
     norm = nn.BatchNorm1d(3, track_running_stats=False).double()
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    f = blackbox(lambda x: norm(x).detach(), in_dims=0, evaluator=evaluator)
+    f = blackbox(lambda x: norm(x).detach(), in_dims=0, executor=evaluator)
     with pytest.raises(BlackboxError, match=r"in_dims=\[0\] says that the rows .* independent.* BatchNorm in training"):
         f(x).sum().backward()
     norm.eval()
@@ -212,17 +215,17 @@ def test_noise_that_cannot_be_replayed() -> None:
 
 def test_rows_that_depend_on_the_size_of_the_batch() -> None:
     x = ones(4, 3)
-    f = blackbox(lambda x: x.detach() ** 2 / len(x), in_dims=0, evaluator=StackedEvaluation())
+    f = blackbox(lambda x: x.detach() ** 2 / len(x), in_dims=0, executor=StackedEvaluation())
     with pytest.raises(BlackboxError, match=r"other rows in a batch of twice the size.*SerialEvaluation"):
         f(x).sum().backward()
-    fixed = blackbox(lambda x: (x.detach() ** 2)[:4], in_dims=0, evaluator=StackedEvaluation())
+    fixed = blackbox(lambda x: (x.detach() ** 2)[:4], in_dims=0, executor=StackedEvaluation())
     with pytest.raises(BlackboxError, match=r"shape \(4, 3\) instead of \(8, 3\).*written for, use SerialEvaluation"):
         fixed(x).sum().backward()
 
 
 def test_stacking_without_in_dims() -> None:
     with pytest.raises(ValueError, match=r"StackedEvaluation needs to know .* in_dims, as in torch\.vmap"):
-        blackbox(lambda x: x.detach(), evaluator=StackedEvaluation())(ones(3)).sum().backward()
+        blackbox(lambda x: x.detach(), executor=StackedEvaluation())(ones(3)).sum().backward()
 
 
 def test_a_function_that_raises_at_a_moved_point() -> None:
@@ -235,7 +238,7 @@ def test_a_function_that_raises_at_a_moved_point() -> None:
     y = blackbox(f)(x)
     with pytest.raises(
         BlackboxError,
-        match=r"f raised ArithmeticError: solver diverged\nin evaluation 6, x: element \(2,\) moved by \+7\.6",
+        match=r"f raised ArithmeticError: solver diverged\nin evaluation 7, x: element \(2,\) moved by \+7\.6",
     ) as caught:
         y.sum().backward()
     assert isinstance(caught.value.__cause__, ArithmeticError)
@@ -284,10 +287,10 @@ def test_second_derivatives() -> None:
 
 
 def test_strategies_of_the_wrong_kind() -> None:
-    with pytest.raises(TypeError, match=r"estimator must have a method 'perturb', got .*CentralDifference"):
+    with pytest.raises(TypeError, match=r"estimator must have a method 'plan', got .*CentralDifference"):
         blackbox(lambda x: x, estimator=central())  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="evaluator must have a method 'evaluate', got <class"):
-        blackbox(lambda x: x, evaluator=StackedEvaluation)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"executor must be called as map\(function, tasks\) is, got <class"):
+        blackbox(lambda x: x, executor=StackedEvaluation)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"dtype must be a torch dtype of floating point, got torch\.int64"):
         blackbox(lambda x: x, dtype=torch.int64)
     with pytest.raises(TypeError, match="numpy has no bfloat16"):

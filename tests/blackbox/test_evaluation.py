@@ -1,7 +1,9 @@
-"""Evaluators are maps: the same outputs in the same order, however many points go into a call."""
+"""Executors are maps: the same outputs in the same order, wherever they run and however many points go into a call."""
 
 from __future__ import annotations
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,40 +11,50 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.estimator import CentralDifference
-from ignite_tbptt.blackbox.evaluation import (
-    Call,
-    EvaluationCount,
-    Points,
-    SerialEvaluation,
-    StackedEvaluation,
-)
 from ignite_tbptt.blackbox.function import blackbox
+from ignite_tbptt.blackbox.task import EvaluationCount, SerialEvaluation, StackedEvaluation
 from tests.blackbox.helpers import EVALUATORS
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
-def test_outputs_come_in_the_order_of_the_points(name: str) -> None:
+@pytest.mark.parametrize("pool", ["map", "threads", "backwards"])
+def test_any_map_gives_the_same_gradients(name: str, pool: str) -> None:
     def f(x: Tensor, w: Tensor) -> Any:
-        return x * w, x.t()
+        return (x * w).sin().detach(), x.t().exp().detach()
 
-    x, w = torch.randn(7, 4, 3), torch.randn(3)
-    call = Call(f, "f", EvaluationCount(), in_dims=[0, None], out_dims=[0, 1])
-    call([x[0], w], "at x")
-    portions = [Points.of([part, w.expand(len(part), 3)], True, str) for part in x.split(3)]
-    found = list(EVALUATORS[name].evaluate(call, portions))
-    assert [len(outputs[0]) for outputs in found] == [3, 3, 1]
-    assert torch.equal(torch.cat([outputs[0] for outputs in found]), x * w)
-    assert torch.equal(torch.cat([outputs[1] for outputs in found]), x.transpose(1, 2))
+    def backwards(function: Any, tasks: Any) -> Any:
+        """As a pool whose workers finish in another order than they began."""
+        tasks = list(tasks)
+        return reversed([function(task) for task in reversed(tasks)])
+
+    def gradients(executor: Any) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 84).reshape(7, 12).double().requires_grad_()
+        w = torch.linspace(0.5, 2, 12).double().requires_grad_()
+        outputs = blackbox(f, in_dims=(0, None), out_dims=(0, 1), executor=executor)(x, w)
+        return list(torch.autograd.grad([y.sum() for y in outputs], [x, w]))
+
+    with ThreadPoolExecutor(3) as threads:
+        where: Any = {"map": map, "threads": threads.map, "backwards": backwards}[pool]
+        found = gradients(dataclasses.replace(EVALUATORS[name], executor=where))  # type: ignore[type-var]
+        assert all(map(torch.equal, found, gradients(where)))
+    for got, want in zip(found, gradients(SerialEvaluation()), strict=True):
+        assert torch.allclose(got, want, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_points_that_move_what_rows_share_are_never_stacked(name: str) -> None:
-    x, w = torch.randn(4, 3), torch.randn(5, 3)
-    call = Call(lambda x, w: x * w, "f", EvaluationCount(), in_dims=[0, None], out_dims=[0])
-    call([x, w[0]], "at x")
-    (found,) = next(EVALUATORS[name].evaluate(call, [Points.of([x.expand(5, 4, 3).clone(), w], False, str)]))
-    assert torch.equal(found, x * w[:, None])
-    assert call.count.nfev == 6
+    sizes: list[int] = []
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return (x * w).detach()
+
+    x, w = torch.randn(4, 3), torch.randn(3, requires_grad=True)
+    wrapped = blackbox(f, in_dims=(0, None), executor=EVALUATORS[name])
+    wrapped(x, w).sum().backward()
+    assert sizes[-6:] == [4] * 6
+    assert wrapped.nfev == 6
+    assert torch.allclose(w.grad, x.sum(0), atol=1e-4)  # type: ignore[arg-type]
 
 
 def test_stacking_makes_one_call_of_many_in_portions_that_stay_in_cache() -> None:
@@ -53,15 +65,15 @@ def test_stacking_makes_one_call_of_many_in_portions_that_stay_in_cache() -> Non
         return x.detach().sin()
 
     x = torch.randn(10, 64, requires_grad=True)
-    wrapped = blackbox(f, in_dims=0, evaluator=StackedEvaluation())
+    wrapped = blackbox(f, in_dims=0, executor=StackedEvaluation())
     wrapped(x).sum().backward()
-    # forward, the probe of the rows, the probe of the stack, and 128 points at 2.5 kB
-    assert sizes == [10, 10, 20, 1280]
+    # forward, again, row 0 alone, all but row 0, two points in a stack, and 128 points at 2.5 kB
+    assert sizes == [10, 10, 10, 10, 20, 1280]
     sizes.clear()
     wide = torch.randn(256, 64, requires_grad=True)
     wrapped(wide).sum().backward()
     assert max(sizes) == 256 * 8  # half a megabyte
-    assert sum(sizes) == 256 * 129
+    assert sum(sizes) == 256 * (129 + 5)
     sizes.clear()
     wider = torch.randn(1024, 64, requires_grad=True)
     wrapped(wider).sum().backward()
@@ -77,7 +89,7 @@ def test_a_function_that_draws_random_numbers_is_not_stacked() -> None:
         return torch.nn.functional.dropout(x, 0.5).detach()
 
     x = torch.ones(8, 3, requires_grad=True)
-    y = blackbox(f, in_dims=0, evaluator=StackedEvaluation())(x)
+    y = blackbox(f, in_dims=0, executor=StackedEvaluation())(x)
     y.sum().backward()
     assert set(sizes) == {8}
     assert torch.allclose(x.grad, y, atol=1e-5)  # type: ignore[arg-type]

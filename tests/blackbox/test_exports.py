@@ -10,7 +10,7 @@ import pytest
 
 from ignite_tbptt import blackbox as package
 
-MODULES = ["directions", "estimator", "function", "step_size", "stencil", "sweep"]
+MODULES = ["estimator", "function", "module", "moves", "step_size", "stencil", "sweep"]
 EXPORTED = [
     "SPSA",
     "AbsoluteStep",
@@ -26,6 +26,7 @@ EXPORTED = [
     "Estimator",
     "EvaluationCount",
     "Evaluator",
+    "Executor",
     "FiniteDifferenceGradients",
     "ForwardDifference",
     "Gaussian",
@@ -36,11 +37,13 @@ EXPORTED = [
     "PerInputStep",
     "Rademacher",
     "RelativeStep",
+    "Result",
     "SerialEvaluation",
     "StackedEvaluation",
     "Stencil",
     "StepSize",
     "StepSweep",
+    "Task",
     "UntrustedGradientWarning",
     "backward",
     "bind",

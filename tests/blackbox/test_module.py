@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ignite_tbptt.blackbox import Blackbox, bind, find_graph_cuts, unbind
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.evaluation import EvaluationCount
+from ignite_tbptt.blackbox.task import EvaluationCount
 from tests.blackbox.cut_models import Cell, Nested, Through, assert_near, gradients, twins
 
 LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
@@ -109,7 +109,7 @@ def test_evaluations_are_the_fewest_and_only_in_backward() -> None:
     y = cut(x)
     assert (len(calls), count.nfev) == (2, 0)
     y.sum().backward()
-    assert (len(calls), count.nfev) == (2 + 2 * 8, 2 * 8)
+    assert (len(calls), count.nfev) == (2 + 1 + 2 * 8, 2 * 8)  # and one at x, to see whether it is the same again
     assert count.seconds > 0
     cut.get_parameter("layers.0.weight").requires_grad_(False)
     cut(x).sum().backward()
@@ -134,10 +134,9 @@ def test_independent_rows_are_moved_together(wrapped: bool) -> None:
     module(*mine).sin().sum().backward()
     smooth(*theirs).sin().sum().backward()
     assert_near(gradients(cut, *mine), gradients(smooth, *theirs))
-    # two columns in each input and six weights, both ways; the first backward has also verified the rows
-    verified = count.nfev
-    module(*mine).sum().backward()
-    assert count.nfev - verified == 2 * (2 + 2 + 6) < verified
+    # two columns in each input and six weights, both ways
+    assert count.nfev == 2 * (2 + 2 + 6)
+    assert count.probes > 0
 
 
 def test_rows_that_are_not_independent_are_found_out() -> None:
@@ -392,12 +391,14 @@ def test_inputs_are_freed_with_the_graph() -> None:
 
 
 class Failing(nn.Module):
+    fail_from: ClassVar[int]
+    log: ClassVar[list[int]]  # evaluations run on copies, which share no more than their class
+
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.ones(2, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(1))
-        self.fail_from = 10**9
-        self.log: list[int] = []
+        Failing.fail_from, Failing.log = 10**9, []
 
     def forward(self, x: Tensor) -> Tensor:
         self.log.append(1)
@@ -411,10 +412,10 @@ class Failing(nn.Module):
 def test_a_forward_that_raises_leaves_nothing_behind() -> None:
     module = Failing()
     bind(module)
-    module.fail_from = 0
+    Failing.fail_from = 0
     with pytest.raises(OverflowError, match="solver diverged"):
         module(torch.ones(2, dtype=torch.float64))
-    module.fail_from = 10**9
+    Failing.fail_from = 10**9
     x = torch.tensor([2.0, 3.0], dtype=torch.float64)
     module(x).sum().backward()
     torch.testing.assert_close(module.w.grad, x)
@@ -424,7 +425,7 @@ def test_an_evaluation_that_raises_leaves_the_module_as_it_was() -> None:
     module = Failing()
     bind(module)
     y = module(torch.ones(2, dtype=torch.float64))
-    module.fail_from = 3
+    Failing.fail_from = 3
     weight, buffer, streams = module.w, module.get_buffer("seen"), torch.get_rng_state()
     with pytest.raises(BlackboxError, match=r"Failing raised OverflowError: solver diverged\nin evaluation 3"):
         y.sum().backward()
@@ -433,7 +434,7 @@ def test_an_evaluation_that_raises_leaves_the_module_as_it_was() -> None:
     assert buffer.item() == 1
     assert torch.equal(torch.get_rng_state(), streams)
     assert weight.tolist() == [1.0, 1.0]
-    module.fail_from = 10**9
+    Failing.fail_from = 10**9
     module(torch.ones(2, dtype=torch.float64)).sum().backward()
 
 
@@ -502,28 +503,28 @@ def test_a_wrapped_module_gives_tensors_with_and_without_gradients() -> None:
         assert square.requires_grad == total.requires_grad == inputs.requires_grad
 
 
-def test_inputs_that_cannot_be_taken_apart_are_refused() -> None:
+def test_dataclasses_are_nests() -> None:
     @dataclass
     class Batch:
         x: Tensor
 
     class Takes(nn.Module):
         def forward(self, batch: Batch) -> Tensor:
-            return batch.x.detach()
+            return batch.x.detach() ** 2
 
     class Gives(nn.Module):
         def forward(self, x: Tensor) -> Batch:
-            return Batch(x.detach())
+            return Batch(x.detach() * 3)
 
-    module = Takes()
-    bind(module, name="takes")
-    with pytest.raises(TypeError, match="takes: an input of type Batch holds tensors that a gradient has to reach"):
-        module(Batch(torch.ones(2, requires_grad=True)))
-    assert not module(Batch(torch.ones(2))).requires_grad
-    gives = Gives()
-    bind(gives, name="gives")
-    with pytest.raises(TypeError, match="gives: an output of type Batch holds tensors that a gradient has to reach"):
-        gives(torch.ones(2, requires_grad=True))
+    takes, gives = Takes(), Gives()
+    bind(takes)
+    bind(gives)
+    assert not takes(Batch(torch.ones(2))).requires_grad
+    x = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    batch = gives(takes(Batch(x)))
+    assert type(batch) is Batch
+    batch.x.sum().backward()
+    torch.testing.assert_close(x.grad, 6 * x.detach())
 
 
 def test_replicas_of_data_parallel_are_refused() -> None:
@@ -585,15 +586,16 @@ class TestBlackbox:
 
 
 def test_autocast_of_the_forward_holds_in_the_evaluations() -> None:
+    dtypes: list[torch.dtype] = []
+
     class Mixed(nn.Module):
         def __init__(self, cut: bool) -> None:
             super().__init__()
             self.inner, self.cut = nn.Linear(8, 8), cut
-            self.dtypes: list[torch.dtype] = []
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.inner(x).tanh()
-            self.dtypes.append(y.dtype)
+            dtypes.append(y.dtype)
             return y.detach() if self.cut else y
 
     torch.manual_seed(0)
@@ -603,8 +605,8 @@ def test_autocast_of_the_forward_holds_in_the_evaluations() -> None:
         y = cut(torch.randn(4, 8))
     y.float().sum().backward()
     # forward and evaluations must be one function: either all in bfloat16, or all evaluations by themselves in float32
-    assert cut.dtypes[0] is torch.bfloat16
-    assert len(set(cut.dtypes[1:])) == 1
+    assert dtypes[0] is torch.bfloat16
+    assert len(set(dtypes[1:])) == 1
 
 
 def test_compiled_models_break_around_the_binding() -> None:

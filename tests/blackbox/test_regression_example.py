@@ -22,6 +22,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(str(path.parent))
     monkeypatch.setitem(sys.modules, "blackbox_regression", module)
     spec.loader.exec_module(module)
     return module
@@ -31,6 +32,7 @@ def test_both_find_the_weights(
     example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["blackbox_regression.py"])
     example.main()
     lines = capsys.readouterr().out.splitlines()
     weights = {line.split()[0]: [float(word) for word in line.split()[1:3]] for line in lines[1:3]}
@@ -44,6 +46,6 @@ def test_both_find_the_weights(
 @pytest.mark.parametrize("seed", range(3))
 def test_both_go_the_same_way_from_any_start(example: Any, seed: int) -> None:
     validation = torch.linspace(0, 1, 50)
-    torch_run, text_run = (example.train(as_string, validation, seed) for as_string in (False, True))
+    torch_run, text_run = (example.train(as_string, validation, seed=seed) for as_string in (False, True))
     assert text_run.weights == pytest.approx(torch_run.weights, abs=APART)
     assert text_run.losses[-1] < text_run.losses[0] / 10

@@ -1,6 +1,6 @@
 """Which directions x is moved in, and the dual of each, which turns a slope along it back into a gradient.
 
-The idea: every tensor is seen as rows x width (`blocks`). Where rows are independent, one evaluation moves all rows at
+The idea: every tensor is seen as rows x width (`block`). Where rows are independent, one evaluation moves all rows at
 once and each row's share of the output tells its own slope: batch-parallel coordinates, and random directions of its
 own for every row. Where they are not, there is one row, and the same code gives plain coordinates. For coordinates the
 sum over directions of dual x direction is the identity; for random directions its expectation is. Pairs with any
@@ -12,16 +12,16 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.blocks import Block
+from ignite_tbptt.blackbox.block import Block
 from ignite_tbptt.blackbox.stencil import Stencil
-from ignite_tbptt.blackbox.step_size import StepSize
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, steps_around
 
 __all__ = [
     "CoordinateMoves",
@@ -63,12 +63,10 @@ class Moves(ABC):
     def realised(self, weights: Sequence[float]) -> Tensor:
         """(count, rows), double: the steps as they came out of rounding, weighted like the outputs will be."""
 
+    @staticmethod
     @abstractmethod
-    def added(self, slopes: Tensor, gradient: Tensor | None) -> Tensor:
-        """The (rows, width) gradient of the block with dual x slope of every move added, slopes being (count, rows).
-
-        `gradient` is what earlier moves gave, in double precision, and may be changed; None before the first.
-        """
+    def combined(parts: Sequence[tuple[Any, Tensor]]) -> Tensor:
+        """The gradient of the block, (rows, width): dual x slope, over moves and their slopes, each (count, rows)."""
 
     @abstractmethod
     def mirrored(self, chosen: Sequence[int]) -> Moves:
@@ -119,15 +117,17 @@ class CoordinateMoves(Moves):
         """See `Moves.realised`."""
         return weighted(_wide(self._moved), self._start, weights)
 
-    def added(self, slopes: Tensor, gradient: Tensor | None) -> Tensor:
-        """See `Moves.added`."""
-        if gradient is None:
-            if self.columns == range(self.block.x.shape[1]):
-                return slopes.T
-            gradient = torch.zeros(self.block.x.shape, dtype=slopes.dtype, device=slopes.device)
-        columns = self.columns
-        gradient[:, slice(columns.start, columns.stop) if isinstance(columns, range) else columns] = slopes.T
-        return gradient
+    @staticmethod
+    def combined(parts: Sequence[tuple[CoordinateMoves, Tensor]]) -> Tensor:
+        """See `Moves.combined`."""
+        first, slopes = parts[0]
+        if len(parts) == 1 and isinstance(first.columns, range):
+            return slopes.T
+        together = torch.cat([slopes.T for _, slopes in parts], 1)
+        if all(isinstance(moves.columns, range) for moves, _ in parts):
+            return together
+        order = torch.cat([torch.as_tensor(moves.columns, device=together.device) for moves, _ in parts])
+        return together.index_select(1, order.argsort())
 
     def mirrored(self, chosen: Sequence[int]) -> CoordinateMoves:
         """See `Moves.mirrored`."""
@@ -144,44 +144,69 @@ class CoordinateMoves(Moves):
 
 @dataclass(frozen=True)
 class RandomMoves(Moves):
-    """Directions that move every element of the block."""
+    """Directions that move every element of the block; drawn again, from their seeds, whenever they are needed."""
 
     block: Block
     stencil: Stencil
-    displacements: Tensor
-    """(count, rows, width): the direction times the step."""
-    share: float
-    """What each direction counts for, over the squared step: 1 / (n h^2)."""
+    drawn: Callable[[int], Tensor]
+    """A direction by its number, (rows, width)."""
+    numbers: range
+    sizes: Tensor
+    """The step of every element, (rows, width)."""
+    total: int
+    """How many directions there are in all."""
 
     @property
     def count(self) -> int:
         """Number of moves."""
-        return len(self.displacements)
+        return len(self.numbers)
+
+    def _displacement(self, move: int) -> Tensor:
+        return self.drawn(self.numbers[move]).to(self.sizes) * self.sizes
 
     def points(self, start: int, stop: int) -> Tensor:
         """See `Moves.points`."""
-        displacements = self.displacements[start:stop]
-        return torch.stack([self.block.x + offset * displacements for offset in self.stencil.evaluated], 1)
+        x, offsets = self.block.x, self.stencil.evaluated
+        points = x.new_empty((stop - start, len(offsets), *x.shape))
+        for move in range(start, stop):
+            displacement = self._displacement(move)
+            for j, offset in enumerate(offsets):
+                torch.add(x, displacement, alpha=offset, out=points[move - start, j])
+        return points
 
     def realised(self, weights: Sequence[float]) -> Tensor:
-        """See `Moves.realised`: the component along the direction, relative to its length."""
-        wanted = _wide(self.displacements)
-        moved = weighted(_wide(self.points(0, self.count)), self.block.x, weights)
-        return (moved * wanted).sum(-1) / wanted.square().sum(-1)
+        """See `Moves.realised`: the component along the direction, in units of each element's step."""
+        found = []
+        for move in range(self.count):
+            moved = weighted(self.points(move, move + 1)[0].unsqueeze(0), self.block.x, weights)[0].div_(self.sizes)
+            wanted = self.drawn(self.numbers[move]).to(moved)
+            found.append((moved * wanted).sum(-1, dtype=_wide_type(moved)))
+            found[-1] /= (wanted * wanted).sum(-1, dtype=_wide_type(moved))
+        return torch.stack(found)
 
-    def added(self, slopes: Tensor, gradient: Tensor | None) -> Tensor:
-        """See `Moves.added`."""
-        more = torch.einsum("nr,nrd->rd", slopes * self.share, _wide(self.displacements))
-        return more if gradient is None else gradient.add_(more)
+    @staticmethod
+    def combined(parts: Sequence[tuple[RandomMoves, Tensor]]) -> Tensor:
+        """See `Moves.combined`."""
+        total: Tensor | None = None
+        for moves, slopes in parts:
+            for number, slope in zip(moves.numbers, slopes.unbind(0), strict=True):
+                direction = moves.drawn(number).to(moves.sizes.device)
+                more = direction * (slope / moves.total).to(_sum_type(moves.sizes)).unsqueeze(-1)
+                total = more if total is None else total + more
+        assert total is not None
+        return total / parts[0][0].sizes
 
     def mirrored(self, chosen: Sequence[int]) -> RandomMoves:
         """See `Moves.mirrored`."""
-        return RandomMoves(self.block, self.stencil.mirrored(), self.displacements[list(chosen)], self.share)
+        numbers = [self.numbers[move] for move in chosen]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "moves are mirrored one by one"
+        whole = range(numbers[0], numbers[0] + len(numbers))
+        return RandomMoves(self.block, self.stencil.mirrored(), self.drawn, whole, self.sizes, self.total)
 
     def describe(self, move: int, offset: int) -> str:
         """See `Moves.describe`."""
         names = ", ".join(self.block.names[member] for member in self.block.members)
-        largest = abs(offset) * float(self.displacements[move].abs().max())
+        largest = abs(offset) * float(self._displacement(move).abs().max())
         return f"{names}: all elements moved along a random direction, by {largest:.3g} at most"
 
 
@@ -250,36 +275,71 @@ class _Random(ABC):
             )
 
     @abstractmethod
-    def _directions(self, rows: int, width: int, generator: torch.Generator) -> Tensor:
-        """(n, rows, width), float32 or float64 on the CPU, with the identity as mean of direction x direction."""
+    def _drawn(self, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[int, Callable[[int], Tensor]]:
+        """How many directions there are, and a function that gives one, (rows, width), by its number.
+
+        The mean of direction x direction is the identity.
+        """
 
     def moves(
         self, block: Block, stencil: Stencil, step_size: StepSize, eps: float, points: int, draw: int
     ) -> Iterator[Moves]:
         """See `Directions.moves`."""
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + draw) % 2**63)
-        directions = self._directions(block.x.shape[0], block.x.shape[1], generator)
-        h = step_size.along(block.apart(block.x), stencil, eps, float(directions.abs().max()), block.positions)
+        rows, width = block.x.shape
+        total, drawn = self._drawn(rows, width, block.x.dtype, (self.seed * 0x9E3779B97F4A7C15 + draw) % 2**63)
+        sizes = self._sizes(block, stencil, step_size, eps, total, drawn)
         # unlike those of coordinates, moves are as large as the points themselves
         points = min(points, _POINTS_BYTES // block.x.nbytes)
-        for some in directions.split(max(1, points // len(stencil.evaluated))):
-            yield RandomMoves(block, stencil, (some * h).to(block.x), 1 / (len(directions) * h * h))
+        some = max(1, points // len(stencil.evaluated))
+        for start in range(0, total, some):
+            yield RandomMoves(block, stencil, drawn, range(start, min(start + some, total)), sizes, total)
+
+    def _sizes(
+        self,
+        block: Block,
+        stencil: Stencil,
+        step_size: StepSize,
+        eps: float,
+        total: int,
+        drawn: Callable[[int], Tensor],
+    ) -> Tensor:
+        """The step of every element; where there are bounds, short enough for the longest of all directions."""
+        scale = 1.0
+        if not isinstance(step_size, (AbsoluteStep, RelativeStep)):
+            scale = max(float(drawn(number).abs().max()) for number in range(total))
+        return block.together(
+            [
+                steps_around(step_size, x, stencil, eps, scale, position)
+                for x, position in zip(block.apart(block.x), block.positions, strict=True)
+            ]
+        )
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed + number * 0xD1B54A32D192ED03) % 2**63)
 
 
 @dataclass(frozen=True)
 class Rademacher(_Random):
     """n directions of random signs: SPSA (Spall 1992), relative variance (D - 1) / n."""
 
-    def _directions(self, rows: int, width: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(0, 2, (self.n, rows, width), generator=generator).mul_(2).sub_(1).float()
+    def _drawn(self, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[int, Callable[[int], Tensor]]:
+        def direction(number: int) -> Tensor:
+            signs = torch.randint(0, 2, (rows, width), generator=_generator(seed, number), dtype=torch.int8)
+            return signs.mul_(2).sub_(1).to(dtype)
+
+        return self.n, direction
 
 
 @dataclass(frozen=True)
 class Gaussian(_Random):
     """n directions of normal numbers: Gaussian smoothing (Nesterov and Spokoiny 2017), variance (D + 1) / n."""
 
-    def _directions(self, rows: int, width: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(self.n, rows, width, generator=generator, dtype=torch.float64)
+    def _drawn(self, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[int, Callable[[int], Tensor]]:
+        def direction(number: int) -> Tensor:
+            return torch.randn(rows, width, generator=_generator(seed, number), dtype=dtype)
+
+        return self.n, direction
 
 
 @dataclass(frozen=True)
@@ -289,13 +349,13 @@ class Orthogonal(_Random):
     Exact up to the error of the stencil once n reaches the number of elements D; more are not drawn.
     """
 
-    def _directions(self, rows: int, width: int, generator: torch.Generator) -> Tensor:
+    def _drawn(self, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[int, Callable[[int], Tensor]]:
         n = min(self.n, width)
-        normal = torch.randn(rows, width, n, generator=generator, dtype=torch.float64)
+        normal = torch.randn(rows, width, n, generator=_generator(seed, 0), dtype=torch.float64)
         # which of q and -q comes out is not random, but direction x dual is the same for both
         q = torch.linalg.qr(normal)[0]
-        directions: Tensor = q.permute(2, 0, 1) * math.sqrt(width)
-        return directions
+        directions = q.permute(2, 0, 1) * math.sqrt(width)
+        return n, lambda number: directions[number]
 
 
 def _by_formula(
@@ -326,6 +386,15 @@ def weighted(values: Tensor, origin: Tensor, weights: Sequence[float]) -> Tensor
     for j, weight in enumerate(weights[1:], 1):
         total = total.add_(values[:, j] - origin, alpha=weight)
     return total
+
+
+def _wide_type(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
+
+
+def _sum_type(tensor: Tensor) -> torch.dtype:
+    """A sum over directions needs digits of its own in half precision alone, which would not hold its parts."""
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -101,13 +101,14 @@ class Block:
             return step_size.each(self.x, stencil, eps)
         parts = zip(self.apart(self.x), self.positions, strict=True)
         each = [step_size.each(part, stencil, eps, position) for part, position in parts]
-        sizes = self._together([steps.sizes for steps in each])
+        sizes = self.together([steps.sizes for steps in each])
         if all(steps.one_sided is None for steps in each):
             return Steps(sizes)
         one_sided = [torch.zeros_like(s.sizes, dtype=torch.bool) if s.one_sided is None else s.one_sided for s in each]
-        return Steps(sizes, self._together(one_sided))
+        return Steps(sizes, self.together(one_sided))
 
-    def _together(self, parts: Sequence[Tensor]) -> Tensor:
+    def together(self, parts: Sequence[Tensor]) -> Tensor:
+        """(*shape) of each tensor -> (rows, width)."""
         rows = [layout.split(part) for layout, part in zip(self.layouts, parts, strict=True)]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 

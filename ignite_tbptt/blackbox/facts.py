@@ -1,0 +1,99 @@
+"""What was verified of a blackbox, keyed by what it depends on, and what is still to be verified.
+
+A fact belongs to one blackbox or binding, not to a counter, which may be shared, and to the training modes and batch
+axes under which it was found. It is verified at the first gradient and again at gradients 2, 4, 8, ... Pairs with
+`probes`, which find out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
+from ignite_tbptt.random_streams import RandomStreams
+from ignite_tbptt.warn import warn
+
+__all__ = ["Facts"]
+
+_NAMED: dict[int, dict[int, weakref.ref[Facts]]] = {}
+
+
+class Facts:
+    """Of one blackbox.
+
+    Args:
+        identity: the same for the same blackbox in every run of a program: what it is called and where it stands.
+
+    Attributes:
+        stackable: whether the rows of several points may share a call, by key.
+        told: warnings that were given.
+        calls: nodes of forward calls whose graph is alive, by number.
+        draws: whether some evaluation drew random numbers; None before the first.
+    """
+
+    def __init__(self, identity: str) -> None:
+        self.stackable: dict[Any, bool] = {}
+        self.told: set[Any] = set()
+        self.calls: dict[int, Any] = {}
+        self.draws: bool | None = None
+        self._gradients: dict[Any, int] = {}
+        self._number = 0
+        # of blackboxes that are alive and called alike each draws directions of its own
+        text = 0
+        for character in identity:
+            text = (text * 1000003 + ord(character)) % 2**61
+        alive = _NAMED.setdefault(text, {})
+        ordinal = next(k for k in range(len(alive) + 1) if k not in alive or alive[k]() is None)
+        alive[ordinal] = weakref.ref(self)
+        self._seed = text + 0x9E3779B97F4A7C15 * ordinal
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "calls": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Facts:
+        twin = object.__new__(Facts)
+        vars(twin).update(vars(self), stackable=dict(self.stackable), told=set(self.told), calls={})
+        twin._gradients = dict(self._gradients)
+        return twin
+
+    def streams(self) -> RandomStreams:
+        """Where the random streams stand, worked out in full for whoever may draw."""
+        return RandomStreams.latest() if self.draws is False else RandomStreams.now()
+
+    def next_number(self) -> int:
+        """The number of a forward call, from which its random directions are drawn."""
+        self._number += 1
+        return self._number
+
+    def draw(self, number: int, times: int) -> int:
+        """What random directions of a call are drawn from: others for each blackbox, call, gradient and rank."""
+        rank = torch.distributed.get_rank() if _distributed() else 0
+        return self._seed + (number * 0xBF58476D1CE4E5B9 + times * 0x94D049BB133111EB + rank * 0xD6E8FEB86659FD93)
+
+    def due(self, key: Any, more: int = 1) -> bool:
+        """Count gradients; whether the first, second, fourth, ... is among them."""
+        before = self._gradients.get(key, 0)
+        self._gradients[key] = before + more
+        return before.bit_length() != (before + more).bit_length()
+
+    def forget(self, key: Any) -> None:
+        """Verify again at the next gradient, since this time it could not be done."""
+        self._gradients.pop(key, None)
+
+    def name_passed(self, label: str, kinds: list[str]) -> None:
+        """Say once which outputs have no gradient."""
+        new = [kind for kind in kinds if kind not in self.told]
+        if new:
+            self.told.update(new)
+            warn(
+                f"{label} returned {', '.join(new)}, which passes through without a gradient; return the numbers in it "
+                "as a tensor or an array where they are to be differentiated",
+                UntrustedGradientWarning,
+            )
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,160 @@
+"""What autograd sees of a blackbox: the only torch.autograd.Function of the package, its transforms and tangents.
+
+The idea: a node holds the `Record` of its forward; its backward asks `round` for the gradients, and tells it which
+other calls of the same blackbox the running backward will reach.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.errors import BlackboxError
+from ignite_tbptt.blackbox.record import Record
+from ignite_tbptt.blackbox.round import gradients
+from ignite_tbptt.random_streams import RandomStreams
+
+__all__ = ["called", "with_known_outputs"]
+
+# Which nodes the running backward will execute is known to torch alone; without it every call is a round by itself.
+_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+
+
+def called(record: Record) -> Any:
+    """Call a blackbox in a way that autograd can differentiate; returns the nest that it returned."""
+    tensors, record.flat.tensors = record.flat.tensors, []
+    _refuse_complex(record, tensors)
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or _wants_gradient(tensors):
+        record.differentiable = True
+        function = _UnderTransforms if transformed else _FiniteDifferences
+        flat = function.apply(record, None, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        with torch.no_grad():
+            flat = record.forward(tensors)
+    return record.outputs.rebuilt(flat)
+
+
+def with_known_outputs(record: Record, value: Any, streams: RandomStreams) -> Any:
+    """Give outputs that were computed already a gradient."""
+    tensors, record.flat.tensors = record.flat.tensors, []
+    _refuse_complex(record, tensors)
+    record.differentiable = True
+    if torch._C._are_functorch_transforms_active():
+        flat = _UnderTransforms.apply(record, None, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        flat = _FiniteDifferences.apply(record, (value, streams), *tensors)  # type: ignore[no-untyped-call]
+    return record.outputs.rebuilt(flat)
+
+
+def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _refuse_complex(record: Record, tensors: Sequence[Tensor]) -> None:
+    for k, tensor in enumerate(tensors):
+        if tensor.is_complex() and tensor.requires_grad:
+            raise TypeError(
+                f"{record.flat.name(k)} of {record.flat.label} is complex and requires grad: steps are taken along "
+                "real numbers; pass torch.view_as_real(input) and put the parts together inside the function"
+            )
+
+
+class _FiniteDifferences(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, record: Record, known: tuple[Any, RandomStreams] | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        output = record.forward(tensors) if known is None else record.known(known[0], known[1], tensors)
+        _remember(ctx, record, tensors, output)
+        calls, number = record.facts.calls, record.number
+        calls[number] = weakref.ref(ctx, lambda _: calls.pop(number, None))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        record: Record = ctx.record
+        tensors = ctx.saved_tensors
+        if torch._C._are_functorch_transforms_active():
+            raise BlackboxError(
+                f"gradients of {record.flat.label} cannot be taken inside torch.func or torch.vmap: it would be "
+                "handed tensors that hold no numbers; call backward() or torch.autograd.grad outside of them"
+            )
+        found = gradients(record, cotangents, lambda: _reachable(record), False)
+        if torch.is_grad_enabled():
+            # create_graph=True: whoever differentiates these again is told, instead of getting a wrong number
+            live = [k for k, gradient in enumerate(found) if gradient is not None]
+            marked = _NoSecondDerivative.apply(  # type: ignore[no-untyped-call]
+                record.flat.label, len(live), *[found[k] for k in live], *tensors, *cotangents
+            )
+            for k, gradient in zip(live, marked, strict=True):
+                found[k] = gradient
+        return (None, None, *found)
+
+
+def _reachable(record: Record) -> list[Record]:
+    """Records of the same blackbox whose nodes the running backward will execute."""
+    if _will_execute is None:
+        return []
+    nodes = [reference() for reference in list(record.facts.calls.values())]
+    return [node.record for node in nodes if node is not None and _will_execute(node)]
+
+
+class _UnderTransforms(_FiniteDifferences):
+    """The same with a forward that torch.func can take apart; torch is slower to call one of these."""
+
+    @staticmethod
+    def forward(record: Record, known: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return record.forward(tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        record, _, *tensors = inputs
+        _remember(ctx, record, tensors, output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], record: Record, known: Any, *tensors: Tensor
+    ) -> tuple[Any, Any]:
+        """One call for each entry of the mapped axis."""
+        found = []
+        for index in range(info.batch_size):
+            entry = [
+                tensor if dim is None else tensor.select(dim, index)
+                for tensor, dim in zip(tensors, in_dims[2:], strict=True)
+            ]
+            one = record.again()
+            found.append(_UnderTransforms.apply(one, None, *entry))  # type: ignore[no-untyped-call]
+            record.outputs = one.outputs
+        stacked = tuple(torch.stack(same) for same in zip(*found, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def _remember(ctx: Any, record: Record, tensors: Sequence[Tensor], output: tuple[Tensor, ...]) -> None:
+    ctx.record = record
+    record.remember(tensors)
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*[tensor for tensor in output if not tensor.is_floating_point()])
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(label: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors[:count] if tensor is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.label = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise BlackboxError(
+            f"second derivative of {ctx.label}: its gradient is made of finite differences, which are not "
+            "differentiated again; leave create_graph out, or detach the gradient before it enters a loss. For a "
+            "product of the Jacobian with a vector use torch.func.jvp, not torch.autograd.functional.jvp"
+        )

@@ -1,0 +1,86 @@
+"""What stays the same from call to call: one frozen object behind all three ways in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
+from ignite_tbptt.blackbox.task import Executor, StackedEvaluation
+
+__all__ = ["Options", "make_options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """See `function.blackbox` for each."""
+
+    estimator: Estimator
+    executor: Executor
+    in_dims: Any
+    out_dims: int | Sequence[int | None] | None
+    dtype: torch.dtype | None
+    numpy: bool
+    repeatable: bool
+
+    @property
+    def must_stack(self) -> bool:
+        """Whether stacking was asked for, and its impossibility is an error."""
+        return isinstance(self.executor, StackedEvaluation) and self.executor.required
+
+    @property
+    def device(self) -> str | None:
+        """Where the function is evaluated, None for where its arguments are."""
+        return "cpu" if self.numpy else None
+
+
+def make_options(
+    estimator: Estimator | None,
+    executor: Executor | None,
+    in_dims: Any,
+    out_dims: int | Sequence[int | None] | None,
+    dtype: torch.dtype | None,
+    numpy: bool,
+    repeatable: bool,
+    evaluator: Executor | None,
+    stacklevel: int,
+) -> Options:
+    """Options with their defaults, checked.
+
+    Raises:
+        TypeError: an estimator or executor that is none, or a dtype that is not of floating point.
+    """
+    if evaluator is not None:
+        warnings.warn("evaluator= is now called executor=", DeprecationWarning, stacklevel=stacklevel + 1)
+        executor = evaluator if executor is None else executor
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a torch dtype of floating point, got {dtype!r}: differences need small steps")
+    if estimator is not None and (isinstance(estimator, type) or not hasattr(estimator, "plan")):
+        raise TypeError(
+            f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
+        )
+    if executor is not None and executor is not map and (isinstance(executor, type) or not callable(executor)):
+        raise TypeError(
+            f"executor must be called as map(function, tasks) is, got {executor!r}: give the map of a pool, "
+            "ThreadPoolExecutor(4).map say, or make one by calling it, SerialEvaluation() say"
+        )
+    if in_dims is None and isinstance(executor, StackedEvaluation) and executor.required:
+        raise ValueError(
+            "StackedEvaluation needs to know which axis the rows are at, and that they are independent: give in_dims, "
+            "as in torch.vmap, or use SerialEvaluation()"
+        )
+    if dtype is None and numpy:
+        dtype = torch.float64
+    return Options(
+        CentralDifference() if estimator is None else estimator,
+        StackedEvaluation(required=False) if executor is None else executor,
+        in_dims,
+        out_dims,
+        dtype,
+        numpy,
+        repeatable,
+    )

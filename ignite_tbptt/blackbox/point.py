@@ -1,0 +1,221 @@
+"""Evaluations of a blackbox at the points of some moves.
+
+The idea: a `Point` is where moves start from, x of one forward call, or of several calls that are one function, with
+their rows under one another. The points of its moves become tasks, one after the other or several stacked along the
+rows, and what an executor makes of these comes back in the order of the moves. Pairs with every executor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.flat import FlatCall, Outputs, check_same_kind
+from ignite_tbptt.blackbox.moves import Moves
+from ignite_tbptt.blackbox.record import Record
+from ignite_tbptt.blackbox.task import SerialEvaluation, StackedEvaluation, Task, run, size_of
+
+__all__ = ["Job", "Point", "evaluate_at", "evaluated"]
+
+# Of fewer points in one call little is gained, and what a function keeps between its own steps leaves the cache.
+_WORTH_STACKING = 4
+
+
+class Point:
+    """x of one record, or of several whose rows are independent.
+
+    Attributes:
+        x: all tensors in the precision of the evaluations.
+        first: what came out there.
+        floats: which outputs can be differentiated.
+        values: these outputs at x.
+        eps: relative precision, the coarser of x and f(x).
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records, self.record = records, records[0]
+        record = self.record
+        self.flat: FlatCall = record.flat
+        self.x = record.points(record.tensors)
+        for each in records:
+            if each.first is None:
+                x = self.x if each is record else each.points(each.tensors)
+                each.first = self._at_x(each, x)
+        assert record.first is not None
+        self.first: Outputs = record.first
+        self.floats = [k for k, t in enumerate(self.first.tensors) if t.is_floating_point() and t.numel()]
+        self.values = [self.first.tensors[k] for k in self.floats]
+        self.out_dims = [record.out_dims[k] for k in self.floats] if record.out_dims is not None else None
+        if len(records) > 1:
+            in_dims, out_dims = self.flat.in_dims or (), self.out_dims or ()
+            others = [each.points(each.tensors) for each in records[1:]]
+            for k, dim in enumerate(in_dims):
+                if dim is not None:
+                    self.x[k] = torch.cat([self.x[k], *(x[k] for x in others)], dim)
+            firsts = [each.first.tensors for each in records if each.first is not None]
+            self.values = [
+                torch.cat([first[k] for first in firsts], dim) for k, dim in zip(self.floats, out_dims, strict=True)
+            ]
+        x_types = {point.dtype for point in self.x if point.is_floating_point()}
+        self.eps = max(torch.finfo(dtype).eps for dtype in x_types | {value.dtype for value in self.values})
+        self.size = size_of(self.x)
+
+    def _at_x(self, record: Record, x: list[Tensor]) -> Outputs:
+        return evaluate_at(record, [t.clone() for t in x], "at x itself")
+
+    @property
+    def stacks(self) -> bool:
+        """Whether rows of several points may share a call."""
+        record = self.record
+        return record.facts.stackable.get(key_of(record), False) and not record.draws
+
+
+def key_of(record: Record) -> Any:
+    """What facts about rows depend on."""
+    return (record.flat.in_dims, record.flat.flags)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Moves of a block of a point."""
+
+    point: Point
+    moves: Moves
+    rows_move: bool
+
+    def calls(self) -> Iterator[tuple[list[Tensor], Callable[[], str], int]]:
+        """The arguments of every call, what it is called in messages, and how many points are in it."""
+        point, moves = self.point, self.moves
+        offsets = len(moves.stencil.evaluated)
+        fitting = self._fitting(moves.count * offsets)
+        chunk = fitting or max(1, getattr(point.record.options.executor, "chunk_bytes", 2**20) // max(1, point.size))
+        step = max(1, chunk // offsets)
+        for start in range(0, moves.count, step):
+            stop = min(moves.count, start + step)
+            moved = dict(
+                zip(moves.block.members, moves.block.apart(moves.points(start, stop).flatten(0, 1)), strict=True)
+            )
+            if fitting:
+                count = (stop - start) * offsets
+                yield self._stack(moved, count), self._where(start * offsets, count), count
+                continue
+            for index in range((stop - start) * offsets):
+                tensors = [
+                    _own(moved[k][index], x.stride()) if k in moved else x.clone() for k, x in enumerate(point.x)
+                ]
+                yield tensors, self._where(start * offsets + index, 1), 1
+
+    def _fitting(self, count: int) -> int:
+        """How many points go into one call, 0 where they are evaluated one by one."""
+        point = self.point
+        executor = point.record.options.executor
+        if isinstance(executor, SerialEvaluation) or not (self.rows_move and point.stacks):
+            return 0
+        stack_bytes = getattr(executor, "stack_bytes", StackedEvaluation.stack_bytes)
+        size = max(point.size, size_of(point.values))
+        fitting = int(min(count, stack_bytes // max(1, size)))
+        return fitting if fitting >= min(count, _WORTH_STACKING) else 0
+
+    def _stack(self, moved: dict[int, Tensor], count: int) -> list[Tensor]:
+        return [
+            x.clone() if dim is None else _stacked(moved[k] if k in moved else x.expand(count, *x.shape), dim)
+            for k, (x, dim) in enumerate(zip(self.point.x, self.point.flat.in_dims or (), strict=True))
+        ]
+
+    def _where(self, index: int, count: int) -> Callable[[], str]:
+        offsets = self.moves.stencil.evaluated
+
+        def text() -> str:
+            which = self.moves.describe(index // len(offsets), offsets[index % len(offsets)])
+            return which if count == 1 else f"{count} points stacked, the first {which}"
+
+        return text
+
+
+def evaluated(jobs: Sequence[Job]) -> list[list[Tensor]]:
+    """Each differentiable output at all points of each job, (points, *shape)."""
+    calls: list[tuple[Job, list[list[Tensor]], Callable[[], str], int]] = []
+    found: list[list[list[Tensor]]] = [[] for _ in jobs]
+
+    def tasks() -> Iterator[Task]:
+        for job, own in zip(jobs, found, strict=True):
+            record = job.point.record
+            streams = record.streams if record.draws else None
+            for points, where, copies in job.calls():
+                calls.append((job, own, where, copies))
+                yield Task(record.flat, points, streams)
+
+    executor = jobs[0].point.record.options.executor
+    for number, result in enumerate(executor(run, tasks())):
+        job, own, where, copies = calls[number]
+        record, point = job.point.record, job.point
+        outputs = record.count.taken(result, point.flat.label, where, copies * len(point.records), False)
+        _check_kind(point, outputs, where, copies)
+        tensors = [outputs.tensors[k] for k in point.floats]
+        if copies > 1 and point.out_dims is not None:
+            tensors = [_unstacked(tensor, dim, copies) for tensor, dim in zip(tensors, point.out_dims, strict=True)]
+        else:
+            tensors = [tensor.unsqueeze(0) for tensor in tensors]
+        own.append(tensors)
+    return [own[0] if len(own) == 1 else [torch.cat(same) for same in zip(*own, strict=True)] for own in found]
+
+
+def evaluate_at(
+    record: Record, points: list[Tensor], where: str, copies: int = 1, point: Point | None = None
+) -> Outputs:
+    """Evaluate a probe, in the place where all evaluations run."""
+    streams = record.streams if record.draws else None
+    (result,) = record.options.executor(run, [Task(record.flat, points, streams)])
+    outputs = record.count.taken(result, record.flat.label, lambda: where, copies, True)
+    if point is not None:
+        _check_kind(point, outputs, lambda: where, copies)
+    return outputs
+
+
+def _check_kind(point: Point, outputs: Outputs, where: Callable[[], str], copies: int) -> None:
+    first = point.first
+    if first.is_leaf and outputs.is_leaf and copies == 1:
+        now, was = outputs.tensors[0], point.values[0]
+        if now.shape == was.shape and now.dtype == was.dtype:
+            return
+    remedy = "return the same structure for every input"
+    if copies > 1:
+        remedy = f"it got {copies} batches in one; if it needs the size it was written for, use SerialEvaluation()"
+    if len(point.records) > 1 or copies > 1:
+        rows = Outputs(list(first.tensors), first.foreign, first.template, [])
+        for k, value in zip(point.floats, point.values, strict=True):
+            rows.tensors[k] = value
+        first = rows
+    elif first.foreign == outputs.foreign and _same(first, outputs):
+        return
+    check_same_kind(first, outputs, point.flat.label, remedy, where(), copies, point.record.out_dims)
+
+
+def _same(first: Outputs, outputs: Outputs) -> bool:
+    return first.template is outputs.template
+
+
+def _own(moved: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """A point in memory of its own, with the strides of x."""
+    if moved.stride() == stride:
+        return moved.clone()
+    return torch.empty_strided(moved.shape, stride, dtype=moved.dtype, device=moved.device).copy_(moved)
+
+
+def _stacked(tensor: Tensor, dim: int) -> Tensor:
+    """(count, ..., B, ...) -> (..., count * B, ...), point after point, in memory of its own."""
+    shape = list(tensor.shape[1:])
+    shape[dim] *= len(tensor)
+    stacked = tensor.movedim(0, dim).reshape(shape)
+    whole = stacked.untyped_storage().nbytes() == stacked.nbytes
+    return stacked if whole and stacked.data_ptr() != tensor.data_ptr() else stacked.clone()
+
+
+def _unstacked(tensor: Tensor, dim: int, count: int) -> Tensor:
+    """(..., count * B, ...) -> (count, ..., B, ...)."""
+    apart: Tensor = tensor.unflatten(dim, (count, tensor.shape[dim] // count))
+    return apart.movedim(dim, 0)

@@ -1,0 +1,229 @@
+"""What makes a difference wrong without an error, looked for with as few evaluations as can tell.
+
+A function that gives other outputs for the same inputs, rows that were said to be independent and are not, stacks that
+give other rows, outputs that do not move at all: each is asked about at the first gradient and again at gradients 2,
+4, 8, ... Pairs with `facts`, which remember the answers, and with `round`, which asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
+from ignite_tbptt.blackbox.flat import Outputs
+from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
+from ignite_tbptt.blackbox.record import Record
+from ignite_tbptt.warn import warn
+
+__all__ = ["doubt_if_zero", "verify"]
+
+# How often it is asked whether an input with a zero gradient matters at all, at one evaluation each time.
+_SEARCHES = 3
+
+
+def verify(record: Record, gradients: int) -> bool:
+    """Verify what is due at so many gradients more; whether anything was.
+
+    Raises:
+        BlackboxError: the function gives other outputs for the same inputs, or its rows are not independent.
+    """
+    key = key_of(record)
+    if not record.facts.due(key, gradients):
+        return False
+    try:
+        point = Point([record])
+        if record.options.repeatable and point.floats:
+            _repeat(point)
+        if record.flat.in_dims is not None:
+            _rows(point)
+    except BaseException:
+        record.facts.forget(key)
+        raise
+    return True
+
+
+def _repeat(point: Point) -> None:
+    """Evaluate at x once more."""
+    record = point.record
+    again = evaluate_at(record, [x.clone() for x in point.x], "at x once more", 1, point)
+    pairs = [(again.tensors[k], point.first.tensors[k]) for k in point.floats]
+    if all(_same_bits(now, was) for now, was in pairs):
+        return
+    if record.by_hook and all(_near(point, now, was) for now, was in pairs):
+        # compiled code adds up in another order than the function itself
+        point.first = record.first = again
+        again = evaluate_at(record, [x.clone() for x in point.x], "at x once more", 1, point)
+    for k in point.floats:
+        if _same_bits(again.tensors[k], point.first.tensors[k]):
+            continue
+        shared = [name for state in record.flat.states for name in state.shared]
+        kept = f" (attributes that could not be copied: {', '.join(shared)})" if shared else ""
+        off = float((again.tensors[k] - point.first.tensors[k]).abs().max())
+        raise BlackboxError(
+            f"{point.flat.label} gives other outputs for the same inputs, by {off:.3g}: no difference of two can be "
+            "trusted. If it keeps a state or a generator of its own, pass the state as an argument and seed the "
+            "generator at every call, or draw from the global streams of torch, numpy or random, which are replayed"
+            f"{kept}; if it is noisy by nature, say repeatable=False and choose a step that is wide enough for the "
+            "noise"
+        )
+
+
+def _rows(point: Point) -> None:
+    """Move row 0 alone, and all rows but row 0, and see who notices."""
+    record = point.record
+    in_dims = record.flat.in_dims or ()
+    rows = next(x.shape[dim] for x, dim in zip(point.x, in_dims, strict=True) if dim is not None)
+    key = key_of(record)
+    serial = not hasattr(record.options.executor, "stack_bytes")
+    if rows < 2:
+        record.facts.forget(key)
+        return
+    moved, one = _with_rows_moved(point, "row 0", slice(0, 1)), None
+    for what, which, points in (
+        ("row 0 moved", slice(1, None), moved),
+        ("all rows but row 0 moved", slice(0, 1), _with_rows_moved(point, "the others", slice(1, None))),
+    ):
+        out = evaluate_at(record, [x.clone() for x in points], f"{what}, to see whether others notice", 1, point)
+        one = one or out
+        for k, dim in zip(point.floats, point.out_dims or (), strict=True):
+            now, was = (tensors[k].movedim(dim, 0)[which] for tensors in (out.tensors, point.first.tensors))
+            if not _same_bits(now, was):
+                if record.options.repeatable:
+                    _repeat(point)
+                raise BlackboxError(
+                    f"in_dims={list(in_dims)} says that the rows of {point.flat.label} are independent, but moving "
+                    f"row 0 changed the outputs of other rows, or theirs that of row 0 (as BatchNorm in training "
+                    "does); leave in_dims out, at one evaluation for each element instead of each column, or uncouple "
+                    "the rows"
+                )
+    if not serial and not record.draws and one is not None:
+        record.facts.stackable[key] = _stack(point, moved, one)
+
+
+def _with_rows_moved(point: Point, what: str, which: slice) -> list[Tensor]:
+    """X with other values in some rows, inside the bounds: those of other rows, moved a little."""
+    moved = [x.clone() for x in point.x]
+    step_size = point.record.options.estimator.step_size
+    position = -1
+    for k, (dim, need) in enumerate(zip(point.flat.in_dims or (), point.record.needed, strict=True)):
+        position += need
+        if dim is None:
+            continue
+        rows, values = moved[k].movedim(dim, 0), point.x[k].movedim(dim, 0)
+        others = values.roll(-1, 0)[which]
+        if moved[k].is_floating_point():
+            others = others + others.abs().clamp(min=1.0) * point.eps**0.5
+        rows[which] = others
+        if need:
+            # from the other side where a bound is in the way
+            inside = step_size.inside(moved[k], position)
+            moved[k] = inside.clone() if inside is moved[k] else inside
+    return moved
+
+
+def _stack(point: Point, moved: Sequence[Tensor], out: Outputs) -> bool:
+    """Whether a batch of twice the size gives the same rows, up to rounding."""
+    record = point.record
+    pair = [
+        x.clone() if dim is None else _stacked(torch.stack([m, x]), dim)
+        for m, x, dim in zip(moved, point.x, point.flat.in_dims or (), strict=True)
+    ]
+    try:
+        both = evaluate_at(record, pair, "a stack of two points", 2, point).tensors
+        for k, dim in zip(point.floats, point.out_dims or (), strict=True):
+            want = torch.stack([out.tensors[k], point.first.tensors[k]])
+            if not _near(point, _unstacked(both[k], dim, 2), want):
+                raise BlackboxError(
+                    f"{point.flat.label} gives other rows in a batch of twice the size, so that its points cannot be "
+                    "stacked; use SerialEvaluation()"
+                )
+    except BlackboxError:
+        if record.options.must_stack:
+            raise
+        return False
+    return True
+
+
+def doubt_if_zero(
+    point: Point, k: int, position: int, gradient: Tensor, used: Sequence[int], cotangents: Sequence[Tensor]
+) -> None:
+    """Warn, once for each input, of a zero gradient where a larger step would have moved the outputs.
+
+    Where the steps taken did move them, or no step does, the zero is right: an even function at its centre, or the
+    weight of a state that is still zero.
+    """
+    if bool(gradient.any()) or not any(bool(v.any()) for v in cotangents):
+        return
+    told, name = point.record.facts.told, point.flat.name(k)
+    searched = [note for note in told if isinstance(note, tuple) and note[:2] == ("zero", k)]
+    if len(searched) >= _SEARCHES:
+        return
+    told.add(("zero", k, len(searched)))
+    found = _step_that_moves(point, k, position, used)
+    if found is None:
+        return
+    h, quantum = found
+    told.update(("zero", k, search) for search in range(_SEARCHES))
+    warn(
+        f"the gradient of {point.flat.label} with respect to {name} is zero: no step that was taken changed the "
+        f"outputs. They do change, by {quantum:.3g} at least, when all elements move by {h:.3g}: if they come in "
+        f"quanta, choose a step of several of these, AbsoluteStep({4 * h:.2g}) say, or GaussianSmoothing(n, "
+        f"sigma={h:.2g})",
+        UntrustedGradientWarning,
+    )
+
+
+def _step_that_moves(point: Point, k: int, position: int, used: Sequence[int]) -> tuple[float, float] | None:
+    """The step at which outputs change, to a factor of 2, and the smallest change.
+
+    None where no step changes them, or where the one that was taken does already.
+    """
+    x, estimator = point.x[k], point.record.options.estimator
+    reach = max(1.0, float(x.abs().max()))
+    try:
+        if _change_at(point, k, position, reach, used) is None:
+            return None
+    except BlackboxError:
+        pass  # so large a move leads outside the domain, smaller ones may not
+    try:
+        taken = estimator.step_size.each(x, estimator.stencil, point.eps, position).sizes
+        if any(_change_at(point, k, position, steps, used) is not None for steps in (taken, -taken)):
+            return None
+        h = float(taken.abs().max())
+        while h < reach:
+            h *= 4
+            change = _change_at(point, k, position, h, used)
+            if change is not None and math.isfinite(change):
+                smaller = _change_at(point, k, position, h / 2, used)
+                return (h, change) if smaller is None else (h / 2, smaller)
+    except BlackboxError:
+        pass
+    return None
+
+
+def _change_at(point: Point, k: int, position: int, h: float | Tensor, used: Sequence[int]) -> float | None:
+    """The smallest change of an output when all elements of an input move by h.
+
+    None where nothing changes, infinite where all that changed is no number any more.
+    """
+    points = [x.clone() for x in point.x]
+    points[k] = point.record.options.estimator.step_size.inside(points[k] + h, position)
+    out = evaluate_at(point.record, points, f"all elements of {point.flat.name(k)} moved", 1, point).tensors
+    changes = torch.cat([(out[k] - point.first.tensors[k]).abs().flatten() for k in used])
+    changes = torch.nan_to_num(changes, nan=math.inf, posinf=math.inf)
+    changes = changes[changes > 0]
+    return float(changes.min()) if len(changes) else None
+
+
+def _near(point: Point, found: Tensor, wanted: Tensor) -> bool:
+    """Whether two outputs are the same up to what rounding may do."""
+    scale = float(wanted.abs().nan_to_num(0, 0, 0).amax())
+    return torch.allclose(found, wanted, rtol=0, atol=scale * point.eps**0.5, equal_nan=True)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -1,0 +1,195 @@
+"""One forward call of a blackbox, and what its backward needs.
+
+The idea: everything that can be known at the call is settled here, in which precision the function is evaluated, where
+its rows are, what its outputs become for the caller, and whether it drew random numbers. A record keeps aliases of its
+inputs with their versions, because the backward of another call may have to read them. Pairs with `round`, which
+evaluates the records that a backward reaches, and with `node`, which ties both to autograd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.facts import Facts
+from ignite_tbptt.blackbox.flat import FlatCall, Outputs
+from ignite_tbptt.blackbox.options import Options
+from ignite_tbptt.blackbox.task import EvaluationCount, Task, run
+from ignite_tbptt.random_streams import RandomStreams
+
+__all__ = ["ALONE", "Record", "autocast_off"]
+
+# Whoever evaluates holds it: random streams belong to the process, not to a thread.
+ALONE = threading.RLock()
+
+
+class Record:
+    """One forward call.
+
+    Args:
+        flat: the call as a function of a flat list of tensors.
+        options: what stays the same from call to call.
+        count: where evaluations are counted.
+        facts: what was verified of this blackbox.
+    """
+
+    def __init__(self, flat: FlatCall, options: Options, count: EvaluationCount, facts: Facts) -> None:
+        self.flat, self.options, self.count, self.facts = flat, options, count, facts
+        self.differentiable = False
+        self.outputs: Outputs  # as the forward gave them
+        self.first: Outputs | None = None  # in the precision of the evaluations
+        self.streams: RandomStreams | None = None
+        self.draws = False
+        self.by_hook = False  # the forward was not one of the evaluations
+        self.out_dims: list[int] | None = None
+        self.number = self.times = 0
+        self.held: Any = None  # slopes of outputs that an earlier backward has left here
+
+    def again(self) -> Record:
+        """A record for another entry of a vmapped call."""
+        record = Record(self.flat, self.options, self.count, self.facts)
+        record.differentiable = self.differentiable
+        return record
+
+    def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Evaluate at x; returns the numbers in the output."""
+        self._prepare(tensors)
+        if not self.differentiable:
+            return self._finish(self._evaluated(tensors), tensors)
+        with ALONE:
+            streams = self.facts.streams()
+            outputs = self._evaluated(tensors)
+            self.drew_since(streams)
+        self.first = outputs
+        return self._finish(outputs, tensors)
+
+    def known(self, value: Any, streams: RandomStreams, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Take outputs that were computed already, and the random streams from before they were."""
+        self._prepare(tensors)
+        self.by_hook = True
+        outputs = Outputs.of(value, self.flat.label)
+        self.drew_since(streams)
+        if not (self.autocast or self.options.dtype or self.options.device):
+            self.first = outputs
+        return self._finish(outputs, tensors)
+
+    def drew_since(self, streams: RandomStreams) -> None:
+        """Hold the streams as they were before an evaluation, and whether it drew from them."""
+        self.streams, self.draws = streams, streams.have_moved()
+        self.facts.draws = self.draws or bool(self.facts.draws)
+
+    def _prepare(self, tensors: Sequence[Tensor]) -> None:
+        # what is evaluated with autocast off differs from what the module itself computed under it
+        self.autocast = _any_autocast(tensors)
+        self.needed = [tensor.requires_grad for tensor in tensors]
+
+    def _evaluated(self, tensors: Sequence[Tensor]) -> Outputs:
+        with autocast_off(tensors) if self.autocast else contextlib.nullcontext():
+            result = run(Task(self.flat, self.points(tensors), first=True))
+        if result.error is not None:
+            raise result.error
+        assert result.outputs is not None
+        return result.outputs
+
+    def points(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors as the function gets them, in memory of their own."""
+        dtype, device = self.options.dtype, self.options.device
+        if dtype is None and device is None and not self.autocast:
+            return [tensor.detach().clone() for tensor in tensors]
+        return [_cast(tensor, dtype, device, self.autocast) for tensor in tensors]
+
+    def remember(self, tensors: Sequence[Tensor]) -> None:
+        """Keep what a backward needs."""
+        self.tensors = [tensor.detach() for tensor in tensors]
+        self.versions = [tensor._version for tensor in tensors]
+        self.number = self.facts.next_number()
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the inputs are as they were."""
+        return all(t._version == version for t, version in zip(self.tensors, self.versions, strict=True))
+
+    def _checked_out_dims(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The axis of the rows in each output tensor, not negative, of the size that the inputs have."""
+        given, label, outputs = self.options.out_dims, self.flat.label, self.outputs.tensors
+        found = [given] * len(outputs) if given is None or isinstance(given, int) else list(given)
+        if len(found) != len(outputs):
+            raise ValueError(
+                f"out_dims has {len(found)} entries for {len(outputs)} outputs of {label}; give an int, or one entry "
+                "for each"
+            )
+        in_dims = self.flat.in_dims or ()
+        rows = next(tensor.shape[dim] for tensor, dim in zip(tensors, in_dims, strict=True) if dim is not None)
+        dims: list[int] = []
+        for k, (dim, tensor) in enumerate(zip(found, outputs, strict=True)):
+            if not tensor.is_floating_point() and (dim is None or tensor.dim() == 0 or isinstance(given, int)):
+                dims.append(-1 if dim is None or tensor.dim() <= dim else dim)
+                continue
+            if dim is None:
+                raise ValueError(
+                    f"out_dims is None for output {k} of {label}, which has numbers to differentiate: an output that "
+                    "all rows share makes them depend on one another; leave in_dims out, or do not return it"
+                )
+            if not -tensor.dim() <= dim < tensor.dim() or tensor.shape[dim] != rows:
+                raise ValueError(
+                    f"in_dims says that {label} works on {rows} independent rows, but output {k} of shape "
+                    f"{tuple(tensor.shape)} does not have them at axis {dim}; set out_dims, or leave in_dims out where "
+                    "rows are summed up"
+                )
+            dims.append(dim % tensor.dim())
+        return dims
+
+    def _finish(self, outputs: Outputs, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Output tensors in the precision and on the device that the caller uses, in memory of their own."""
+        self.outputs = outputs
+        self.facts.name_passed(self.flat.label, outputs.passed)
+        if self.flat.in_dims is not None:
+            self.out_dims = self._checked_out_dims(tensors)
+        options = self.options
+        recast = options.dtype is not None or options.device is not None
+        if not recast and not any(outputs.foreign):
+            return tuple([tensor.clone() for tensor in outputs.tensors])
+        floats = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        dtype = functools.reduce(torch.promote_types, floats) if floats else torch.get_default_dtype()
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return tuple(
+            tensor.to(
+                device=device if foreign or recast else tensor.device,
+                dtype=dtype if tensor.is_floating_point() and (foreign or recast) else tensor.dtype,
+                copy=True,
+            )
+            for tensor, foreign in zip(outputs.tensors, outputs.foreign, strict=True)
+        )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None, device: str | None, autocast: bool) -> Tensor:
+    """A tensor as the blackbox gets it, in memory of its own."""
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        return tensor.to(device=device or tensor.device, copy=True)
+    if dtype is None and autocast and tensor.dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    if dtype is None or dtype == tensor.dtype:
+        return tensor.clone() if device is None or tensor.device.type == device else tensor.to(device)
+    return tensor.to(device=device or tensor.device, dtype=dtype)
+
+
+def _any_autocast(tensors: Sequence[Tensor]) -> bool:
+    return any(torch.is_autocast_enabled(kind) for kind in {tensor.device.type for tensor in tensors})
+
+
+def autocast_off(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:
+    """Evaluate in the precision of the tensors: autocast would round what differences are taken of."""
+    on = {tensor.device.type for tensor in tensors if torch.is_autocast_enabled(tensor.device.type)}
+    if not on:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for device in on:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack

@@ -1,0 +1,337 @@
+"""The gradients of all calls that one backward reaches.
+
+The idea: where a function is to be evaluated depends on x alone, not on the cotangent. So the first backward through
+any call of a blackbox evaluates the points of all calls that this backward will reach, with their rows under one
+another where these are independent; the slopes of their outputs wait in the records until each cotangent arrives. Where
+they would take more memory than `HELD_BYTES`, and where nothing is gained by it, a record is evaluated by itself and
+contracted portion by portion. Pairs with `node`, which knows what a backward reaches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
+from ignite_tbptt.blackbox.errors import BlackboxError
+from ignite_tbptt.blackbox.estimator import contract, quotients
+from ignite_tbptt.blackbox.moves import Coordinates, Moves
+from ignite_tbptt.blackbox.point import Job, Point, evaluated, key_of
+from ignite_tbptt.blackbox.probes import doubt_if_zero, verify
+from ignite_tbptt.blackbox.record import ALONE, Record, autocast_off
+from ignite_tbptt.blackbox.task import SerialEvaluation, size_of
+
+__all__ = ["HELD_BYTES", "gradients"]
+
+# Slopes are taken of so many evaluations at a time as leave outputs of this size, or of fewer.
+_PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
+
+# Slopes of outputs that wait for their cotangents take no more memory than this in one round.
+HELD_BYTES = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class _Slopes:
+    """Slopes of outputs along some moves.
+
+    Attributes:
+        moves: of a block of the point.
+        outputs: (count, *shape) for each differentiable output.
+        broken: whether some of them are NaN.
+        sides: where the function was looked at, for a message.
+    """
+
+    moves: Moves
+    outputs: list[Tensor]
+    broken: bool
+    sides: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """Slopes that wait for the cotangent of a record, and which rows of them are its own."""
+
+    point: Point
+    slopes: list[tuple[Group, list[_Slopes]]]
+    rows: tuple[int, int] | None
+
+
+def gradients(
+    record: Record, cotangents: Sequence[Tensor | None], reachable: Callable[[], Sequence[Record]], batched: bool
+) -> list[Tensor | None]:
+    """The gradient for each tensor that needs one.
+
+    Args:
+        record: the call.
+        cotangents: v for each output, None where it was not used.
+        reachable: gives the records of the same blackbox that this backward will reach, this one among them.
+        batched: whether the cotangents are many at once, under a map of torch's.
+
+    Raises:
+        BlackboxError: the blackbox raised, changed its kind of output, is not finite, or couples rows.
+    """
+    start = time.perf_counter()
+    with ALONE, torch.no_grad(), autocast_off(record.tensors):
+        before, moved = record.facts.streams(), True
+        held, record.held = record.held, None
+        slopes: Any = held and held.slopes
+        try:
+            if held is None:
+                held, slopes = _evaluate(record, reachable())
+            parts = _contracted(record, held, slopes, cotangents)
+            moved = record.draws or before.have_moved()
+            if moved and not record.draws:
+                # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
+                # included.
+                record.draws, record.facts.draws, record.first, record.held = True, True, None, None
+                held, slopes = _evaluate(record, [record])
+                parts = _contracted(record, held, slopes, cotangents)
+        finally:
+            if moved:
+                before.restore()
+        found = _assembled(record, held, parts, cotangents, batched)
+        record.times += 1
+    record.count.gradients += 1
+    record.count.wall_seconds += time.perf_counter() - start
+    return found
+
+
+def _evaluate(record: Record, reachable: Sequence[Record]) -> tuple[_Held, Any]:
+    """Evaluate the records together that can be, and leave the slopes of the others with them."""
+    others = [other for other in reachable if other is not record and other.held is None and other.unchanged]
+    others = [other for other in others if key_of(other) == key_of(record) and other.draws == record.draws]
+    verify(record, 1 + len(others))
+    alike = _merged(record, others)
+    point = Point(alike)
+    groups = _groups(point)
+    if len(alike) == 1:
+        return _Held(point, [], None), _streamed(point, groups)
+    jobs: list[tuple[Group, Job]] = [
+        (group, Job(point, moves, group.rows_move)) for group in groups for moves in _moves(point, group)
+    ]
+    values = evaluated([job for _, job in jobs]) if jobs else []
+    slopes: dict[Group, list[_Slopes]] = {group: [] for group in groups}
+    for (group, job), value in zip(jobs, values, strict=True):
+        slopes[group].append(_slopes_of(job, value))
+    start = 0
+    for each in alike:
+        rows = _rows(each)
+        each.held = _Held(point, list(slopes.items()), (start, start + rows))
+        start += rows
+    held, record.held = record.held, None
+    return held, held.slopes
+
+
+def _rows(record: Record) -> int:
+    dims = record.flat.in_dims or ()
+    return next(t.shape[dim] for t, dim in zip(record.tensors, dims, strict=True) if dim is not None)
+
+
+def _merged(record: Record, others: Sequence[Record]) -> list[Record]:
+    """The records whose rows may be evaluated in one batch with those of the first, within the budget."""
+    options, flat = record.options, record.flat
+    if isinstance(options.executor, SerialEvaluation) or record.draws or flat.in_dims is None:
+        return [record]
+    if not record.facts.stackable.get(key_of(record), False) or not isinstance(
+        options.estimator.directions, Coordinates
+    ):
+        return [record]
+    key = flat.key
+    if key is None or any(t.numel() == 0 for t in record.tensors):
+        return [record]
+    stack_bytes = getattr(options.executor, "stack_bytes", 2**19)
+    each = _held_size(record)
+    size = max(size_of(record.tensors), size_of(record.outputs.tensors), 1)
+    room = min(HELD_BYTES // max(1, each), stack_bytes // size)
+    alike = [record]
+    for other in others:
+        if len(alike) >= room:
+            break
+        if other.needed == record.needed and other.flat.key == key and _fits(record, other):
+            alike.append(other)
+    return alike
+
+
+def _fits(record: Record, other: Record) -> bool:
+    """Whether what all rows share is the same, and rows are of one shape."""
+    for dim, one, two, v1, v2 in zip(
+        record.flat.in_dims or (), record.tensors, other.tensors, record.versions, other.versions, strict=True
+    ):
+        if dim is None:
+            if one.data_ptr() != two.data_ptr() or v1 != v2 or one.shape != two.shape or one.stride() != two.stride():
+                return False
+        elif one.shape[:dim] != two.shape[:dim] or one.shape[dim + 1 :] != two.shape[dim + 1 :]:
+            return False
+        if one.dtype != two.dtype or one.device != two.device:
+            return False
+    if record.autocast != other.autocast:
+        return False
+    first, second = record.outputs.tensors, other.outputs.tensors
+    return len(first) == len(second) and all(a.dtype == b.dtype for a, b in zip(first, second, strict=True))
+
+
+def _held_size(record: Record) -> int:
+    """Bytes of the slopes of all outputs of a record."""
+    directions = 0
+    for tensor, need, dim in zip(record.tensors, record.needed, record.flat.in_dims or (), strict=True):
+        if need:
+            directions += tensor.numel() // (1 if dim is None else max(1, tensor.shape[dim]))
+    return directions * 8 * sum(tensor.numel() for tensor in record.outputs.tensors)
+
+
+def _groups(point: Point) -> tuple[Group, ...]:
+    in_dims = point.flat.in_dims or [None] * len(point.x)
+    kinds = tuple(
+        (x.dtype, dim, x.numel() > 0) if need else None
+        for x, dim, need in zip(point.x, in_dims, point.record.needed, strict=True)
+    )
+    return groups_of(kinds) if point.floats else ()
+
+
+def _moves(point: Point, group: Group) -> Iterator[Moves]:
+    block = Block.of(
+        [point.x[k] for k in group.members], group.dims, group.members, group.positions, _Names(point.flat.name)
+    )
+    record = point.record
+    portion = max(1, min(_MOST_AT_A_TIME, _PORTION_BYTES // max(1, size_of(point.values))))
+    draw = record.facts.draw(record.number, record.times)
+    return record.options.estimator.plan(block, point.eps, portion, draw)
+
+
+class _Names(Sequence[str]):
+    """Names of tensors, worked out when a message needs them."""
+
+    def __init__(self, name: Callable[[int], str]) -> None:
+        self._name = name
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._name(index)
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _streamed(point: Point, groups: Sequence[Group]) -> Iterator[tuple[Group, Iterator[_Slopes]]]:
+    """Slopes of a record by itself, portion by portion."""
+    for group in groups:
+        jobs = (Job(point, moves, group.rows_move) for moves in _moves(point, group))
+        yield group, (_slopes_of(job, evaluated([job])[0]) for job in jobs)
+
+
+def _slopes_of(job: Job, values: Sequence[Tensor]) -> _Slopes:
+    """Slopes of all outputs, those that are missing from the other side of x."""
+    point, moves = job.point, job.moves
+    dims = point.out_dims if job.rows_move else None
+    slopes = quotients(moves, values, point.values, dims)
+    missing = torch.zeros(moves.count, dtype=torch.bool)
+    for slope, y in zip(slopes, point.values, strict=True):
+        lost = slope.isnan()
+        if bool(lost.any()):
+            missing |= (lost & y.isfinite()).flatten(1).any(1).cpu() if y.dim() else (lost & y.isfinite()).cpu()
+    broken = [move for move in range(moves.count) if missing[move]]
+    if not broken or moves.stencil.is_two_sided:
+        return _Slopes(moves, slopes, any(bool(s.isnan().any()) for s in slopes), "on both sides")
+    sides = "and on the other side of x as well"
+    for move in broken:
+        mirrored = moves.mirrored([move])
+        if not _inside(point, mirrored):
+            sides = "and the other side is out of bounds,"
+            continue
+        (again,) = evaluated([Job(point, mirrored, job.rows_move)])
+        for slope, other in zip(slopes, quotients(mirrored, again, point.values, dims), strict=True):
+            slope[move] = torch.where(slope[move].isnan(), other[0], slope[move])
+    return _Slopes(moves, slopes, any(bool(s.isnan().any()) for s in slopes), sides)
+
+
+def _inside(point: Point, moves: Moves) -> bool:
+    step_size, block = point.record.options.estimator.step_size, moves.block
+    parts = zip(block.positions, block.apart(moves.points(0, moves.count)), strict=True)
+    return all(torch.equal(step_size.inside(part, position), part) for position, part in parts)
+
+
+_Parts = list[tuple[Group, list[tuple[Moves, Tensor]]]]
+
+
+def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[Tensor | None]) -> _Parts:
+    """Slopes of <v, f> along every move."""
+    point = held.point
+    used = [(n, k) for n, k in enumerate(point.floats) if cotangents[k] is not None]
+    first = record.first
+    if not used or first is None:
+        return []
+    v = [cotangents[k].to(first.tensors[k].device) for _, k in used]  # type: ignore[union-attr]
+    dims = None if point.out_dims is None else [point.out_dims[n] for n, _ in used]
+    found: _Parts = []
+    for group, some in slopes:
+        parts = []
+        for slope in some:
+            outputs = [slope.outputs[n] for n, _ in used]
+            if held.rows is not None and dims is not None:
+                start, stop = held.rows
+                outputs = [out.narrow(dim + 1, start, stop - start) for out, dim in zip(outputs, dims, strict=True)]
+            if slope.broken:
+                _check_finite(record, slope, outputs, [k for _, k in used], v)
+            parts.append((slope.moves, contract(outputs, v, dims if group.rows_move else None, slope.broken)))
+        found.append((group, parts))
+    return found
+
+
+def _check_finite(
+    record: Record, slope: _Slopes, outputs: Sequence[Tensor], used: Sequence[int], cotangents: Sequence[Tensor]
+) -> None:
+    """Refuse slopes that could not be taken of outputs that count."""
+    assert record.first is not None
+    label = record.flat.label
+    for k, cotangent in zip(used, cotangents, strict=True):
+        y = record.first.tensors[k]
+        wrong = ~torch.isfinite(y) & (cotangent != 0)
+        if bool(wrong.any()):
+            index = tuple(wrong.nonzero()[0].tolist())
+            raise BlackboxError(
+                f"{label} is {float(y[index])} at x itself (output {k}, element {index}): there is no difference to "
+                "take; keep x inside the domain of the function, or mask such outputs before they are returned"
+            )
+    for out, cotangent in zip(outputs, cotangents, strict=True):
+        lost = out.isnan() & (cotangent != 0)
+        if bool(lost.any()):
+            moves = slope.moves
+            text = moves.describe(int(lost.nonzero()[0, 0]), moves.stencil.evaluated[-1])
+            raise BlackboxError(
+                f"{label} is NaN or infinite {slope.sides} with {text}; choose a smaller step, or BoundedStep to keep "
+                "x inside the domain"
+            )
+
+
+def _assembled(
+    record: Record, held: _Held, parts: _Parts, cotangents: Sequence[Tensor | None], batched: bool
+) -> list[Tensor | None]:
+    """Gradients in the shapes, precisions and on the devices of the tensors."""
+    found: list[Tensor | None] = [
+        torch.zeros_like(tensor) if need else None for tensor, need in zip(record.tensors, record.needed, strict=True)
+    ]
+    for group, some in parts:
+        gradient = type(some[0][0]).combined(some)
+        layouts = [rows_of(record.tensors[k].shape, dim) for k, dim in zip(group.members, group.dims, strict=True)]
+        pieces = gradient.split_with_sizes([layout.width for layout in layouts], -1) if len(layouts) > 1 else [gradient]
+        for k, layout, piece in zip(group.members, layouts, pieces, strict=True):
+            tensor = record.tensors[k]
+            found[k] = layout.join(piece).to(device=tensor.device, dtype=tensor.dtype)
+        if not batched and held.rows is None and not bool(gradient.all()):
+            _doubt(record, held.point, group, found, cotangents)
+    return found
+
+
+def _doubt(
+    record: Record, point: Point, group: Group, found: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> None:
+    used = [k for k in point.floats if cotangents[k] is not None]
+    v = [cotangents[k] for k in used]
+    for k, position in zip(group.members, group.positions, strict=True):
+        gradient = found[k]
+        if gradient is not None:
+            doubt_if_zero(point, k, position, gradient, used, v)  # type: ignore[arg-type]
