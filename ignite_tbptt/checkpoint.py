@@ -106,7 +106,7 @@ class TimeEngine(WindowEngine):
         batch_in_epoch = state.iteration % (state.epoch_length or state.iteration + 1)
         state.hidden, place.hidden_restored, place.shared_step = hidden, hidden is not None, SharedStep()
         place.rows = None
-        resume = Resume(state.iteration, batch_in_epoch, hidden)
+        resume = Resume(state.iteration, None, hidden)
         if own is not None:
             state.time_iteration, state.optimizer_step = own["time_iteration"], own["optimizer_step"]
             place.rows = own["hidden_rows"]
@@ -117,7 +117,7 @@ class TimeEngine(WindowEngine):
         generator: Any = self._internal_run_generator
         is_running = self._dataloader_iter is not None if generator is None else generator.gi_running
         if is_running and self._dataloader_iter is not None:
-            if place.stateful and resume.position != place.data_position:
+            if place.stateful and own is not None and resume.position != place.data_position:
                 warn(
                     f"the checkpoint was loaded in a handler of a run: the data go on after batch {place.data_position}"
                     f" of theirs, with the hidden state that was carried there after batch {resume.position}. Set "
@@ -175,7 +175,10 @@ class TimeEngine(WindowEngine):
             ValueError: they go on inside, and are not those of the checkpoint.
         """
         data, position = self.state.dataloader, resume.position
-        position %= self._get_data_length(data) or position + 1
+        length = self._get_data_length(data)
+        if position is None:
+            position, length = resume.iteration, length or self.state.epoch_length
+        position %= length or position + 1
         here = _fingerprint(data)
         if position and resume.fingerprint is not None and here is not None:
             different = [
@@ -221,7 +224,7 @@ class DeterministicTimeEngine(TimeEngine, DeterministicEngine):
     def _from_iteration(self, iteration: int) -> Iterator[Any]:
         # Ignite tells the batch from the iteration, which is wrong where an epoch was cut short.
         place = self._time
-        if place.resume is None:
+        if place.resume is None or place.resume.position is None:
             place.data_position = iteration % (self._get_data_length(self.state.dataloader) or iteration + 1)
         return super()._from_iteration(place.data_position)
 

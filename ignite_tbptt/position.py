@@ -18,14 +18,14 @@ class Resume:
 
     Attributes:
         iteration: of Ignite; a run that begins at another one is a new run.
-        position: batches drawn since the data began.
+        position: batches drawn since the data began; None if the checkpoint does not tell, but for its iteration.
         hidden: the carried state.
         fingerprint: of the data.
         epoch_was_left: all batches of an epoch were done, and its EPOCH_COMPLETED was not fired.
     """
 
     iteration: int
-    position: int
+    position: int | None
     hidden: Any
     fingerprint: dict[str, Any] | None = None
     epoch_was_left: bool = False
