@@ -13,7 +13,7 @@ from ignite_tbptt.hidden import HiddenCarry, detach_hidden, warn_if_bidirectiona
 from ignite_tbptt.optimization import OptimizerStep, as_accumulation, reduction_of
 from ignite_tbptt.policies import check_tbtt_step, warn_if_normalised
 from ignite_tbptt.ranks import Ranks
-from ignite_tbptt.recompute import Recompute
+from ignite_tbptt.recompute import Recompute, RerunCheck
 from ignite_tbptt.sequence import SplitBatch, split_sequence
 from ignite_tbptt.training_step import TbpttTrainingStep, loss_item
 from ignite_tbptt.truncation import TruncationPolicy
@@ -87,7 +87,8 @@ def supervised_tbptt_training_step(
         output_transform=output_transform,
         split_batch=split_batch,
         carry=HiddenCarry(stateful, initial_hidden, dim, amp_mode, _detach),
-        recompute=Recompute(model, loss_fn) if checkpoint_segments else None,
+        recompute=Recompute(model, loss_fn, model_fn, model_transform) if checkpoint_segments else None,
+        check_rerun=RerunCheck(model, loss_fn, model_fn, model_transform),
     )
 
 
@@ -185,10 +186,10 @@ def create_supervised_tbptt_trainer(
             not computed, no step is taken for it alone, and its output is None.
         checkpoint_segments: keep of each segment only its inputs and the state it starts from, and run it again for
             its gradient: the activations of one segment at a time, for one more forward pass. The result is the same,
-            random numbers and buffers included, but for the order in which gradients are summed. For windows of many
-            segments, as `FullBackpropagation` has them. Segments that lead to anything but parameters of `model` and
-            `loss_fn`, or to parameters with hooks, are left to ``torch.utils.checkpoint``, which takes longer. A
-            second run that gives something else, because the model keeps a state of its own, raises RuntimeError.
+            random numbers, buffers and attributes included, but for the order in which gradients are summed. For
+            windows of many segments, as `FullBackpropagation` has them. Segments that lead to anything but parameters
+            of `model` and `loss_fn`, or to parameters with hooks, are left to ``torch.utils.checkpoint``, which takes
+            longer. A second run that gives other values, from a state out of reach, raises RuntimeError.
 
     Returns:
         The engine.

@@ -53,6 +53,12 @@ def ran() -> Engine:
     return engine
 
 
+def wrapped() -> Any:
+    engine = Engine(lambda engine, batch: batch)
+    engine.add_event_handler(Events.STARTED(once=1), print)
+    return engine._event_handlers[Events.STARTED][0][0]
+
+
 CANARIES: dict[str, Callable[[], Any]] = {
     # torch
     "_C": lambda: torch._C._are_functorch_transforms_active() is False and torch._C.DisableTorchFunction,
@@ -70,6 +76,7 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_is_replica": lambda: not hasattr(nn.Linear(1, 1), "_is_replica"),  # set by DataParallel on its copies
     "_is_view": lambda: torch.ones(2)[0]._is_view() is True,
     "_modules": lambda: list(nn.Sequential(nn.ReLU())._modules) == ["0"],
+    "_parent": lambda: wrapped()._parent() is print,
     "_orig_mod": lambda: isinstance(compiled()._orig_mod, nn.Linear),
     "_saved_rounding_mode": lambda: (
         torch.div(product(), 2, rounding_mode="floor").grad_fn._saved_rounding_mode == "floor"  # type: ignore[union-attr]
