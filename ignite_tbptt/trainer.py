@@ -206,6 +206,8 @@ def create_supervised_tbptt_trainer(
         `terminate()` and `terminate_epoch()` end the windows after the one in hand, `interrupt()` after the batch.
         For an exact resume save checkpoints at ITERATION_COMPLETED or later events: inside a batch there is no place
         to resume from.
+        Data may have ``resume_at(batch)``, called before they are iterated over in a resumed run, and
+        ``fingerprint()``, a dict of numbers and strings that must be the same there; `ContiguousStreams` has both.
 
     Source: Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network
     trajectories, Neural Computation 2 (1990) 490-501: BPTT(h; h') with h = h'.
