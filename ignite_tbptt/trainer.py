@@ -41,7 +41,7 @@ def supervised_tbptt_training_step(
     gradient_accumulation_steps: int | str = 1,
     amp_mode: str | None = None,
     scaler: Any = None,
-    stateful: bool = False,
+    stateful: bool | str = False,
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
@@ -109,7 +109,7 @@ def create_supervised_tbptt_trainer(
     amp_mode: str | None = None,
     scaler: Any = False,
     deterministic: bool = False,
-    stateful: bool = False,
+    stateful: bool | str = False,
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
@@ -173,7 +173,8 @@ def create_supervised_tbptt_trainer(
         scaler: a ``torch.amp.GradScaler``, or True to have one made, as `engine.state.scaler`.
         deterministic: make the engine a `DeterministicEngine`, which resumes with its random streams.
         stateful: carry the hidden state from batch to batch of an epoch: row i of a batch goes on where row i of the
-            one before ended (`ContiguousStreams`). It is reset where an epoch starts and where the data begin anew. The
+            one before ended (`ContiguousStreams`). It is reset where an epoch starts and where the data begin anew;
+            with "data" only where the data begin anew, for endless data whose epochs are evaluation intervals. The
             carried state is in the trainer's state dict, for the rows of this rank: on several ranks let each save its
             own (`Checkpoint`'s save_on_rank).
         initial_hidden: ``initial_hidden(x)`` returns the state that sequences start with, x being the first chunk.
@@ -205,6 +206,8 @@ def create_supervised_tbptt_trainer(
         `terminate()` and `terminate_epoch()` end the windows after the one in hand, `interrupt()` after the batch.
         For an exact resume save checkpoints at ITERATION_COMPLETED or later events: inside a batch there is no place
         to resume from.
+        Data may have ``resume_at(batch)``, called before they are iterated over in a resumed run, and
+        ``fingerprint()``, a dict of numbers and strings that must be the same there; `ContiguousStreams` has both.
 
     Source: Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network
     trajectories, Neural Computation 2 (1990) 490-501: BPTT(h; h') with h = h'.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
-from ignite_tbptt.checkpoint import TimeEngine, TimeState, track_position
+from ignite_tbptt.checkpoint import TimeEngine
 from ignite_tbptt.events import Tbptt_Events, fire, fire_and_ask, has_listeners, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, check_layout, count_steps
 from ignite_tbptt.hidden import HiddenCarry, HiddenThroughBatch, scale_gradient
@@ -21,6 +21,7 @@ from ignite_tbptt.model_state import ModelState
 from ignite_tbptt.optimization import Accumulation, OptimizerStep, Reduction, SharedStep, checked_loss, zero_through
 from ignite_tbptt.output import BatchOutput
 from ignite_tbptt.policies import as_policy
+from ignite_tbptt.position import TimeState, track_position
 from ignite_tbptt.ranks import REFUSED, Ballot, Ranks, Stop
 from ignite_tbptt.recompute import Recompute, RerunCheck
 from ignite_tbptt.sequence import Cut, SplitBatch
@@ -103,7 +104,7 @@ class TbpttTrainingStep:
         register_time_events(engine, *Tbptt_Events)
         engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
         place = track_position(engine, self.carry.stateful)
-        place.step, place.shared_step = self, SharedStep()
+        place.step = self
         place.weighs_losses = self.loss_weight is not None
         for event in (Events.STARTED, Events.TERMINATE, Events.TERMINATE_SINGLE_EPOCH):
             engine.add_event_handler(event, _forget_shared_step)
@@ -133,7 +134,6 @@ class TbpttTrainingStep:
         plan = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
         state.time_iterations_per_sequence = count = len(plan)
         batch = _Batch(cut, length, self.carry.through(state, plan, cut), BatchOutput())
-        place.inside_batch = True
         try:
             for number, window in enumerate(plan, 1):
                 if self._run_window(engine, batch, window, number == count):
