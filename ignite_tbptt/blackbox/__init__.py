@@ -1,5 +1,6 @@
 """Gradients for operations that autograd cannot see through, by finite differences."""
 
+from ignite_tbptt.blackbox.coloring import Banded, banded, detect_sparsity
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
@@ -20,6 +21,7 @@ Evaluator = Executor
 __all__ = [
     "SPSA",
     "AbsoluteStep",
+    "Banded",
     "Blackbox",
     "BlackboxError",
     "BlackboxFunction",
@@ -54,9 +56,11 @@ __all__ = [
     "Task",
     "UntrustedGradientWarning",
     "backward",
+    "banded",
     "bind",
     "blackbox",
     "central",
+    "detect_sparsity",
     "estimate_noise",
     "find_graph_cuts",
     "forward",

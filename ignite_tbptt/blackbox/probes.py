@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.coloring import Sparsity, coloring_of
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.flat import Outputs
 from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
@@ -40,6 +41,9 @@ def verify(record: Record, gradients: int) -> bool:
             _repeat(point)
         if record.flat.in_dims is not None:
             _rows(point)
+        sparsity = getattr(record.options.estimator.directions, "sparsity", None)
+        if sparsity is not None and point.floats:
+            _pattern(point, sparsity)
     except BaseException:
         record.facts.forget(key)
         raise
@@ -102,6 +106,39 @@ def _rows(point: Point) -> None:
                 )
     if not serial and not record.draws and one is not None:
         record.facts.stackable[key] = _stack(point, moved, one)
+
+
+def _pattern(point: Point, sparsity: Sparsity) -> None:
+    """Move some columns at random, and see whether outputs notice that do not depend on them."""
+    record = point.record
+    moved = [k for k, need in enumerate(record.needed) if need]
+    sizes = [point.x[k].numel() for k in moved]
+    coloring = coloring_of(sparsity, sum(sizes))
+    flat = torch.cat([point.first.tensors[k].flatten() for k in point.floats])
+    if len(flat) != len(coloring.pattern):
+        raise ValueError(
+            f"sparsity has {len(coloring.pattern)} rows, and the outputs of {point.flat.label} have {len(flat)} numbers"
+        )
+    density = 1 / (1 + int(coloring.pattern.sum(1).max()))
+    generator = torch.Generator().manual_seed(record.facts.draw(record.number, record.times) % 2**63)
+    chosen = torch.rand(sum(sizes), generator=generator) < density
+    points = [x.clone() for x in point.x]
+    step_size = record.options.estimator.step_size
+    for position, (k, part) in enumerate(zip(moved, chosen.split(sizes), strict=True)):
+        x = points[k]
+        shift = (point.eps**0.5 * x.abs().clamp(min=1.0)) * part.view(x.shape).to(x)
+        points[k] = step_size.inside(x + shift, position)
+    out = evaluate_at(record, points, "some elements moved, to see whether the pattern holds", 1, point)
+    now = torch.cat([out.tensors[k].flatten() for k in point.floats])
+    changed = ((now != flat) & ~(now.isnan() & flat.isnan())).cpu()
+    wrong = changed & ~coloring.pattern[:, chosen].any(1)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise BlackboxError(
+            f"sparsity says that output {row} of {point.flat.label} depends on the inputs "
+            f"{coloring.pattern[row].nonzero()[:, 0].tolist()[:8]} alone, but it changed when others were moved; "
+            "detect_sparsity(fn, *inputs) finds the pattern, or leave sparsity out"
+        )
 
 
 def _with_rows_moved(point: Point, what: str, which: slice) -> list[Tensor]:

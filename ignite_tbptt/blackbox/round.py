@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.estimator import contract, quotients
+from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Coordinates, Moves
 from ignite_tbptt.blackbox.point import Job, Point, evaluated, key_of
@@ -277,7 +277,8 @@ def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[T
                 outputs = [out.narrow(dim + 1, start, stop - start) for out, dim in zip(outputs, dims, strict=True)]
             if slope.broken:
                 _check_finite(record, slope, outputs, [k for _, k in used], v)
-            parts.append((slope.moves, contract(outputs, v, dims if group.rows_move else None, slope.broken)))
+            rows = dims if group.rows_move else None
+            parts.append((slope.moves, slope.moves.contracted(outputs, v, rows, slope.broken)))
         found.append((group, parts))
     return found
 

@@ -10,10 +10,22 @@ import pytest
 
 from ignite_tbptt import blackbox as package
 
-MODULES = ["estimator", "function", "measured_step", "module", "moves", "noise", "step_size", "stencil", "sweep"]
+MODULES = [
+    "coloring",
+    "estimator",
+    "function",
+    "measured_step",
+    "module",
+    "moves",
+    "noise",
+    "stencil",
+    "step_size",
+    "sweep",
+]
 EXPORTED = [
     "SPSA",
     "AbsoluteStep",
+    "Banded",
     "Blackbox",
     "BlackboxError",
     "BlackboxFunction",
@@ -48,9 +60,11 @@ EXPORTED = [
     "Task",
     "UntrustedGradientWarning",
     "backward",
+    "banded",
     "bind",
     "blackbox",
     "central",
+    "detect_sparsity",
     "estimate_noise",
     "find_graph_cuts",
     "forward",
