@@ -254,7 +254,7 @@ def _inside(point: Point, moves: Moves) -> bool:
     return all(torch.equal(step_size.inside(part, position), part) for position, part in parts)
 
 
-_Parts = list[tuple[Group, list[tuple[Moves, Tensor]]]]
+_Parts = list[tuple[Group, Tensor]]
 
 
 def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[Tensor | None]) -> _Parts:
@@ -268,7 +268,7 @@ def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[T
     dims = None if point.out_dims is None else [point.out_dims[n] for n, _ in used]
     found: _Parts = []
     for group, some in slopes:
-        parts = []
+        total, moves = None, None
         for slope in some:
             outputs = [slope.outputs[n] for n, _ in used]
             if held.rows is not None and dims is not None:
@@ -276,8 +276,10 @@ def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[T
                 outputs = [out.narrow(dim + 1, start, stop - start) for out, dim in zip(outputs, dims, strict=True)]
             if slope.broken:
                 _check_finite(record, slope, outputs, [k for _, k in used], v)
-            parts.append((slope.moves, contract(outputs, v, dims if group.rows_move else None, slope.broken)))
-        found.append((group, parts))
+            moves = slope.moves
+            total = moves.added(contract(outputs, v, dims if group.rows_move else None, slope.broken), total)
+        if moves is not None:
+            found.append((group, moves.gradient(total)))
     return found
 
 
@@ -314,8 +316,7 @@ def _assembled(
     found: list[Tensor | None] = [
         torch.zeros_like(tensor) if need else None for tensor, need in zip(record.tensors, record.needed, strict=True)
     ]
-    for group, some in parts:
-        gradient = type(some[0][0]).combined(some)
+    for group, gradient in parts:
         layouts = [rows_of(record.tensors[k].shape, dim) for k, dim in zip(group.members, group.dims, strict=True)]
         pieces = gradient.split_with_sizes([layout.width for layout in layouts], -1) if len(layouts) > 1 else [gradient]
         for k, layout, piece in zip(group.members, layouts, pieces, strict=True):
