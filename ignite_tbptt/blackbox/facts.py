@@ -73,6 +73,10 @@ class Facts:
         rank = torch.distributed.get_rank() if _distributed() else 0
         return self._seed + (number * 0xBF58476D1CE4E5B9 + times * 0x94D049BB133111EB + rank * 0xD6E8FEB86659FD93)
 
+    def is_first(self, key: Any) -> bool:
+        """Whether no gradient was counted yet."""
+        return key not in self._gradients
+
     def due(self, key: Any, more: int = 1) -> bool:
         """Count gradients; whether the first, second, fourth, ... is among them."""
         before = self._gradients.get(key, 0)

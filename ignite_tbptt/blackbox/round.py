@@ -22,7 +22,7 @@ from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import contract, quotients
 from ignite_tbptt.blackbox.moves import Coordinates, Moves
 from ignite_tbptt.blackbox.point import Job, Point, evaluated, key_of
-from ignite_tbptt.blackbox.probes import doubt_if_zero, verify
+from ignite_tbptt.blackbox.probes import verify
 from ignite_tbptt.blackbox.record import ALONE, Record, autocast_off
 from ignite_tbptt.blackbox.task import SerialEvaluation, size_of
 
@@ -82,14 +82,14 @@ def gradients(
         slopes: Any = held and held.slopes
         try:
             if held is None:
-                held, slopes = _evaluate(record, reachable())
+                held, slopes = _evaluate(record, reachable(), cotangents)
             parts = _contracted(record, held, slopes, cotangents)
             moved = record.draws or before.have_moved()
             if moved and not record.draws:
                 # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
                 # included.
                 record.draws, record.facts.draws, record.first, record.held = True, True, None, None
-                held, slopes = _evaluate(record, [record])
+                held, slopes = _evaluate(record, [record], cotangents)
                 parts = _contracted(record, held, slopes, cotangents)
         finally:
             if moved:
@@ -101,13 +101,14 @@ def gradients(
     return found
 
 
-def _evaluate(record: Record, reachable: Sequence[Record]) -> tuple[_Held, Any]:
+def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[Tensor | None]) -> tuple[_Held, Any]:
     """Evaluate the records together that can be, and leave the slopes of the others with them."""
     others = [other for other in reachable if other is not record and other.held is None and other.unchanged]
     others = [other for other in others if key_of(other) == key_of(record) and other.draws == record.draws]
-    verify(record, 1 + len(others))
+    point = verify(record, 1 + len(others), cotangents)
     alike = _merged(record, others)
-    point = Point(alike)
+    if point is None or len(alike) > 1:
+        point = Point(alike)
     groups = _groups(point)
     if len(alike) == 1:
         return _Held(point, [], None), _streamed(point, groups)
@@ -322,17 +323,4 @@ def _assembled(
         for k, layout, piece in zip(group.members, layouts, pieces, strict=True):
             tensor = record.tensors[k]
             found[k] = layout.join(piece).to(device=tensor.device, dtype=tensor.dtype)
-        if not batched and held.rows is None and not bool(gradient.all()):
-            _doubt(record, held.point, group, found, cotangents)
     return found
-
-
-def _doubt(
-    record: Record, point: Point, group: Group, found: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
-) -> None:
-    used = [k for k in point.floats if cotangents[k] is not None]
-    v = [cotangents[k] for k in used]
-    for k, position in zip(group.members, group.positions, strict=True):
-        gradient = found[k]
-        if gradient is not None:
-            doubt_if_zero(point, k, position, gradient, used, v)  # type: ignore[arg-type]
