@@ -176,12 +176,12 @@ def evaluated(jobs: Sequence[Job]) -> list[list[Tensor]]:
 
 
 def evaluate_at(
-    record: Record, points: list[Tensor], where: str, copies: int = 1, point: Point | None = None
+    record: Record, points: list[Tensor], where: str, copies: int = 1, point: Point | None = None, probe: bool = True
 ) -> Outputs:
-    """Evaluate a probe, in the place where all evaluations run."""
+    """Evaluate one point, a probe say, in the place where all evaluations run."""
     streams = record.streams if record.draws else None
     (result,) = record.options.executor(run, [Task(record.flat, points, streams)])
-    outputs = record.count.taken(result, record.flat.label, lambda: where, copies, True)
+    outputs = record.count.taken(result, record.flat.label, lambda: where, copies, probe)
     if point is not None:
         _check_kind(point, outputs, lambda: where, copies)
     return outputs

@@ -9,6 +9,7 @@ contracted portion by portion. Pairs with `node`, which knows what a backward re
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import contract, quotients
 from ignite_tbptt.blackbox.moves import Coordinates, Moves
-from ignite_tbptt.blackbox.point import Job, Point, evaluated, key_of
+from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
 from ignite_tbptt.blackbox.probes import verify
 from ignite_tbptt.blackbox.record import ALONE, Record, autocast_off
+from ignite_tbptt.blackbox.step_size import steps_around
 from ignite_tbptt.blackbox.task import SerialEvaluation, size_of
 
-__all__ = ["HELD_BYTES", "gradients"]
+__all__ = ["HELD_BYTES", "gradients", "tangents"]
 
 # Slopes are taken of so many evaluations at a time as leave outputs of this size, or of fewer.
 _PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
@@ -61,16 +63,18 @@ class _Held:
     rows: tuple[int, int] | None
 
 
+Cotangents = Sequence[Tensor | None]
+
+
 def gradients(
-    record: Record, cotangents: Sequence[Tensor | None], reachable: Callable[[], Sequence[Record]], batched: bool
-) -> list[Tensor | None]:
-    """The gradient for each tensor that needs one.
+    record: Record, many: Sequence[Cotangents], reachable: Callable[[], Sequence[Record]]
+) -> list[list[Tensor | None]]:
+    """The gradients for each tensor that needs one, by one set of evaluations for all cotangents.
 
     Args:
         record: the call.
-        cotangents: v for each output, None where it was not used.
+        many: cotangents, v for each output, None where it was not used.
         reachable: gives the records of the same blackbox that this backward will reach, this one among them.
-        batched: whether the cotangents are many at once, under a map of torch's.
 
     Raises:
         BlackboxError: the blackbox raised, changed its kind of output, is not finite, or couples rows.
@@ -82,23 +86,70 @@ def gradients(
         slopes: Any = held and held.slopes
         try:
             if held is None:
-                held, slopes = _evaluate(record, reachable(), cotangents)
-            parts = _contracted(record, held, slopes, cotangents)
+                held, slopes = _evaluate(record, reachable(), many[0])
+            parts = _contracted(record, held, slopes, many)
             moved = record.draws or before.have_moved()
             if moved and not record.draws:
                 # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
                 # included.
                 record.draws, record.facts.draws, record.first, record.held = True, True, None, None
-                held, slopes = _evaluate(record, [record], cotangents)
-                parts = _contracted(record, held, slopes, cotangents)
+                held, slopes = _evaluate(record, [record], many[0])
+                parts = _contracted(record, held, slopes, many)
         finally:
             if moved:
                 before.restore()
-        found = _assembled(record, held, parts, cotangents, batched)
+        found = [_assembled(record, each) for each in parts]
         record.times += 1
     record.count.gradients += 1
     record.count.wall_seconds += time.perf_counter() - start
     return found
+
+
+def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The change of every output along a tangent of the inputs, from one difference; None for integers.
+
+    Raises:
+        BlackboxError: the blackbox raised, changed its kind of output, or is not finite.
+    """
+    start = time.perf_counter()
+    estimator = record.options.estimator
+    with ALONE, torch.no_grad(), autocast_off(record.tensors):
+        before = record.facts.streams()
+        try:
+            point = Point([record])
+            moved = {k: t.to(point.x[k]) for k, t in enumerate(along) if t is not None}
+            scale = max((float((t.abs() / _sizes(point, k)).max()) for k, t in moved.items() if t.numel()), default=0.0)
+            found: list[Tensor | None] = [
+                torch.zeros_like(y) if y.is_floating_point() else None for y in point.first.tensors
+            ]
+            if not 0 < scale < math.inf:
+                return found
+            stencil = estimator.stencil
+            for offset, weight in zip(stencil.offsets, stencil.weights, strict=True):
+                h = offset / scale
+                points = [x + h * moved[k] if k in moved else x.clone() for k, x in enumerate(point.x)]
+                tensors = point.first.tensors
+                if offset:
+                    tensors = evaluate_at(record, points, f"along a tangent, by {h:.3g}", 1, point, False).tensors
+                for total, now, y in zip(found, tensors, point.first.tensors, strict=True):
+                    if total is not None:
+                        total.add_(now - y, alpha=weight * scale)
+            if not all(bool(torch.isfinite(t).all()) for t in found if t is not None):
+                raise BlackboxError(
+                    f"{record.flat.label} is NaN or infinite along the tangent; choose a smaller step, or BoundedStep "
+                    "to keep x inside the domain"
+                )
+        finally:
+            before.restore()
+            record.count.wall_seconds += time.perf_counter() - start
+    return found
+
+
+def _sizes(point: Point, k: int) -> Tensor:
+    """The step of every element of an input."""
+    estimator = point.record.options.estimator
+    position = sum(point.record.needed[:k])
+    return steps_around(estimator.step_size, point.x[k], estimator.stencil, point.eps, 1.0, position)
 
 
 def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[Tensor | None]) -> tuple[_Held, Any]:
@@ -258,8 +309,14 @@ def _inside(point: Point, moves: Moves) -> bool:
 _Parts = list[tuple[Group, Tensor]]
 
 
-def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[Tensor | None]) -> _Parts:
-    """Slopes of <v, f> along every move."""
+def _contracted(record: Record, held: _Held, slopes: Any, many: Sequence[Cotangents]) -> list[_Parts]:
+    """The gradient of every block, for each of the cotangents."""
+    if len(many) > 1:
+        slopes = [(group, list(some)) for group, some in slopes]
+    return [_contracted_once(record, held, slopes, cotangents) for cotangents in many]
+
+
+def _contracted_once(record: Record, held: _Held, slopes: Any, cotangents: Cotangents) -> _Parts:
     point = held.point
     used = [(n, k) for n, k in enumerate(point.floats) if cotangents[k] is not None]
     first = record.first
@@ -310,9 +367,7 @@ def _check_finite(
             )
 
 
-def _assembled(
-    record: Record, held: _Held, parts: _Parts, cotangents: Sequence[Tensor | None], batched: bool
-) -> list[Tensor | None]:
+def _assembled(record: Record, parts: _Parts) -> list[Tensor | None]:
     """Gradients in the shapes, precisions and on the devices of the tensors."""
     found: list[Tensor | None] = [
         torch.zeros_like(tensor) if need else None for tensor, need in zip(record.tensors, record.needed, strict=True)
