@@ -198,6 +198,12 @@ def contract(
             share = share.sum(1, keepdim=True)
         total = share if total is None else total + share
     assert total is not None
+    if not all_finite(total):
+        # What an output does not depend on takes no part in a cotangent of it that is not finite.
+        with_zeros = [torch.where(slope == 0, 0.0, slope * v) for slope, v in zip(slopes, cotangents, strict=True)]
+        ones = [torch.ones_like(v) for v in cotangents]
+        if any(not all_finite(v) for v in cotangents):
+            return contract(with_zeros, ones, dims, broken=False)
     return total
 
 

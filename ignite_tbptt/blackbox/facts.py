@@ -87,6 +87,17 @@ class Facts:
         """Verify again at the next gradient, since this time it could not be done."""
         self._gradients.pop(key, None)
 
+    def name_closed(self, label: str, closed: list[str]) -> None:
+        """Say once which tensors inside objects receive no gradient."""
+        new = [name for name in closed if name not in self.told]
+        if new and torch.is_grad_enabled():
+            self.told.update(new)
+            warn(
+                f"{label} was given {', '.join(new)}, which requires grad and receives none: an object of that kind "
+                "cannot be taken apart; pass the tensor itself, or in a dataclass, a mapping or a list",
+                UntrustedGradientWarning,
+            )
+
     def name_passed(self, label: str, kinds: list[str]) -> None:
         """Say once which outputs have no gradient."""
         new = [kind for kind in kinds if kind not in self.told]
