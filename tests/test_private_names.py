@@ -43,6 +43,24 @@ def double() -> torch.Tensor:
     return y
 
 
+def batched() -> bool:
+    """What torch.autograd.grad(..., is_grads_batched=True) hands to a backward, taken apart and put together."""
+    seen: list[torch.Tensor] = []
+
+    class Seeing(Double):
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            level = torch._C._vmapmode_decrement_nesting() + 1
+            seen.append(torch._remove_batch_dim(cotangents[0], level, 1, 0))
+            torch._C._vmapmode_increment_nesting()
+            return torch._add_batch_dim(seen[0] * 3, 0, level)
+
+    x = torch.ones(2, requires_grad=True)
+    many = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    (found,) = torch.autograd.grad(Seeing.apply(x), x, many, is_grads_batched=True)  # type: ignore[no-untyped-call]
+    return torch.equal(seen[0], many) and torch.equal(found, 3 * many)
+
+
 def compiled() -> Any:
     return torch.compile(nn.Linear(1, 1), backend="eager")
 
@@ -83,6 +101,11 @@ CANARIES: dict[str, Callable[[], Any]] = {
     ),
     "_sequence_nr": lambda: product().grad_fn._sequence_nr() < product().grad_fn._sequence_nr(),  # type: ignore[union-attr]
     "_version": lambda: torch.zeros(1).add_(1)._version == 1,
+    "_functorch": lambda: torch._C._functorch.is_legacy_batchedtensor(torch.ones(1)) is False,
+    "_vmapmode_increment_nesting": batched,
+    "_vmapmode_decrement_nesting": batched,
+    "_add_batch_dim": batched,
+    "_remove_batch_dim": batched,
     "_will_engine_execute_node": lambda: callable(torch._C._will_engine_execute_node),
     # Ignite
     "_allowed_events": lambda: Events.STARTED in ran()._allowed_events,

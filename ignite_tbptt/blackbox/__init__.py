@@ -1,5 +1,9 @@
 """Gradients for operations that autograd cannot see through, by finite differences."""
 
+import sys
+import types
+from typing import Any
+
 from ignite_tbptt.blackbox.coloring import Banded, banded, detect_sparsity
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts
@@ -17,6 +21,16 @@ from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor, Result, SerialEvaluation, StackedEvaluation, Task
 
 Evaluator = Executor
+
+
+class _CallablePackage(types.ModuleType):
+    """``from ignite_tbptt import blackbox`` gives this package, which is called like the function in it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return blackbox(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage
 
 __all__ = [
     "SPSA",

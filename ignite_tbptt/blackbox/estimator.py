@@ -11,7 +11,6 @@ any step size; the named estimators only fill the slots.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block
 from ignite_tbptt.blackbox.coloring import Sparsity
-from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
+from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Moves, Rademacher, all_finite, weighted
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, require_positive
 
@@ -30,7 +29,6 @@ __all__ = [
     "Estimator",
     "ForwardDifference",
     "GaussianSmoothing",
-    "all_finite",
     "quotients",
 ]
 
@@ -182,11 +180,6 @@ def _along(realised: Tensor, dim: int | None, axes: int) -> Tensor:
     if dim is not None:
         shape[dim + 1] = realised.shape[1]
     return realised.view(shape)
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether all values are; their sum is, unless it overflows, and is looked at first because it costs less."""
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _wide(tensor: Tensor) -> Tensor:

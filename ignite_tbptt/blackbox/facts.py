@@ -33,6 +33,7 @@ class Facts:
         calls: nodes of forward calls whose graph is alive, by number.
         estimators: the estimator with steps that were measured, by the inputs that they belong to.
         measurements: what was measured for them.
+        measures: whether steps are measured though nobody asked for it, because the default one does not suit.
         draws: whether some evaluation drew random numbers; None before the first.
     """
 
@@ -43,6 +44,7 @@ class Facts:
         self.draws: bool | None = None
         self.estimators: dict[Any, Any] = {}
         self.measurements: dict[Any, Any] = {}
+        self.measures = False
         self._gradients: dict[Any, int] = {}
         self._number = 0
         # of blackboxes that are alive and called alike each draws directions of its own
@@ -77,6 +79,10 @@ class Facts:
         rank = torch.distributed.get_rank() if _distributed() else 0
         return self._seed + (number * 0xBF58476D1CE4E5B9 + times * 0x94D049BB133111EB + rank * 0xD6E8FEB86659FD93)
 
+    def is_first(self, key: Any) -> bool:
+        """Whether no gradient was counted yet."""
+        return key not in self._gradients
+
     def due(self, key: Any, more: int = 1) -> bool:
         """Count gradients; whether the first, second, fourth, ... is among them."""
         before = self._gradients.get(key, 0)
@@ -86,6 +92,17 @@ class Facts:
     def forget(self, key: Any) -> None:
         """Verify again at the next gradient, since this time it could not be done."""
         self._gradients.pop(key, None)
+
+    def name_closed(self, label: str, closed: list[str]) -> None:
+        """Say once which tensors inside objects receive no gradient."""
+        new = [name for name in closed if name not in self.told]
+        if new and torch.is_grad_enabled():
+            self.told.update(new)
+            warn(
+                f"{label} was given {', '.join(new)}, which requires grad and receives none: an object of that kind "
+                "cannot be taken apart; pass the tensor itself, or in a dataclass, a mapping or a list",
+                UntrustedGradientWarning,
+            )
 
     def name_passed(self, label: str, kinds: list[str]) -> None:
         """Say once which outputs have no gradient."""

@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
+from torch import nn
 
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
-from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, name_of
+from ignite_tbptt.blackbox.module import Blackbox
 from ignite_tbptt.blackbox.node import called
 from ignite_tbptt.blackbox.options import Options, make_options
 from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
-from ignite_tbptt.warn import warn
 
 __all__ = ["BlackboxFunction", "blackbox"]
 
@@ -65,19 +65,9 @@ class BlackboxFunction(Generic[P, R]):
         """Call the function on copies of the tensors among the arguments."""
         flat = FlatCall(self._fn, args, kwargs, numpy=self._options.numpy, label=self._label)
         if flat.closed:
-            self._name_closed(flat.closed)
+            self._facts.name_closed(self._label, flat.closed)
         flat.bind_in_dims(self._options.in_dims)
         return cast("R", called(Record(flat, self._options, self.count, self._facts)))
-
-    def _name_closed(self, closed: list[str]) -> None:
-        new = [name for name in closed if name not in self._facts.told]
-        if new and torch.is_grad_enabled():
-            self._facts.told.update(new)
-            warn(
-                f"{self._label} was given {', '.join(new)}, which requires grad and receives none: an object of that "
-                "kind cannot be taken apart; pass the tensor itself, or in a dataclass, a mapping or a list",
-                UntrustedGradientWarning,
-            )
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         """Bind like a function, so that methods can be decorated."""
@@ -111,6 +101,22 @@ def blackbox(
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Callable[[Callable[P, R]], BlackboxFunction[P, R]]: ...
+
+
+@overload
+def blackbox(  # type: ignore[overload-overlap]
+    fn: nn.Module,
+    *,
+    estimator: Estimator | None = None,
+    executor: Executor | None = None,
+    in_dims: Any = None,
+    out_dims: int | Sequence[int | None] | None = 0,
+    numpy: bool = False,
+    dtype: torch.dtype | None = None,
+    repeatable: bool = True,
+    count: EvaluationCount | None = None,
+    evaluator: Executor | None = None,
+) -> Blackbox: ...
 
 
 @overload
@@ -167,7 +173,8 @@ def blackbox(
     left. Under `torch.vmap` it is called once for each entry. Second derivatives are refused.
 
     Args:
-        fn: function of tensors, or of numpy arrays. Left out, `blackbox` returns a decorator.
+        fn: function of tensors, or of numpy arrays; a module is handed to `Blackbox`. Left out, `blackbox` returns a
+            decorator.
         estimator: how the gradient is estimated; ``CentralDifference()`` by default.
         executor: where the evaluations run: anything that is called as the builtin ``map`` is, the ``map`` of a pool
             say. One after the other by default, and several in a call where in_dims allow it; `SerialEvaluation` and
@@ -210,6 +217,19 @@ def blackbox(
     if not callable(fn):
         raise TypeError(
             f"fn must be callable, got {type(fn).__name__}: {fn!r}; pass the function itself, not what it returns"
+        )
+    if isinstance(fn, nn.Module):
+        return Blackbox(
+            fn,
+            estimator=estimator,
+            executor=executor,
+            in_dims=in_dims,
+            out_dims=out_dims,
+            numpy=numpy,
+            dtype=dtype,
+            repeatable=repeatable,
+            count=count,
+            evaluator=evaluator,
         )
     options = make_options(estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2)
     return BlackboxFunction(fn, options, EvaluationCount() if count is None else count)

@@ -22,8 +22,7 @@ from ignite_tbptt import nest
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.facts import Facts
-from ignite_tbptt.blackbox.flat import Captured, FlatCall, call_forward, call_module
-from ignite_tbptt.blackbox.function import BlackboxFunction
+from ignite_tbptt.blackbox.flat import Captured, FlatCall, call_forward, call_module, name_of
 from ignite_tbptt.blackbox.module_state import ModuleState
 from ignite_tbptt.blackbox.node import called, with_known_outputs
 from ignite_tbptt.blackbox.options import Options, make_options
@@ -119,6 +118,7 @@ class Binding:
         hooked = bool(module._backward_hooks or module._backward_pre_hooks)
         args, kwargs = args if hooked else begun.args, begun.kwargs
         flat = FlatCall(call_forward, (begun.captured, *args), kwargs, label=self.name)
+        self._facts.name_closed(self.name, flat.closed)
         if not any(tensor.requires_grad for tensor in flat.tensors):
             return None
         self._warn_once_where_autograd_sees(flat.tensors, outputs)
@@ -303,16 +303,15 @@ class Blackbox(nn.Module):
         self._chosen = estimator
         self.count = EvaluationCount() if count is None else count
         self.module: nn.Module | None = None
-        self._function: Callable[..., Any] | None = None
+        self._numpy = numpy
         if isinstance(module_or_fn, nn.Module):
             if numpy:
                 raise ValueError("numpy=True is for functions of arrays; a module is handed tensors, leave it out")
             _refuse_script(module_or_fn)
             self.module = module_or_fn
-            self._facts = Facts(type(module_or_fn).__name__)
         else:
             self.fn = module_or_fn
-            self._function = BlackboxFunction(module_or_fn, self._options, self.count)
+        self._facts = Facts(name_of(module_or_fn))
 
     @property
     def nfev(self) -> int:
@@ -324,18 +323,20 @@ class Blackbox(nn.Module):
         """Time spent in those evaluations."""
         return self.count.seconds
 
+    @outside_compiled_code
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The value of the module or function, with a ``grad_fn`` that evaluates it again."""
         if self.module is None:
-            assert self._function is not None
-            return self._function(*args, **kwargs)
-        flat = FlatCall(call_module, (self.module, *args), kwargs, label=type(self.module).__name__)
+            flat = FlatCall(self.fn, args, kwargs, numpy=self._numpy)
+        else:
+            flat = FlatCall(call_module, (self.module, *args), kwargs, label=type(self.module).__name__)
+        self._facts.name_closed(flat.label, flat.closed)
         flat.bind_in_dims(self._options.in_dims)
         return called(Record(flat, self._options, self.count, self._facts))
 
     def extra_repr(self) -> str:
         """The function, where there is one, and the estimator."""
-        function = [] if self._function is None else [getattr(self.fn, "__name__", repr(self.fn))]
+        function = [] if self.module is not None else [getattr(self.fn, "__name__", repr(self.fn))]
         chosen = [] if self._chosen is None else [f"estimator={self._chosen}"]
         return ", ".join(function + chosen)
 

@@ -34,6 +34,7 @@ __all__ = [
     "Orthogonal",
     "Rademacher",
     "RandomMoves",
+    "all_finite",
     "contract",
 ]
 
@@ -62,14 +63,22 @@ class Moves(ABC):
     def points(self, start: int, stop: int) -> Tensor:
         """The block at all evaluated offsets of moves start to stop, (moves, evaluated offsets, rows, width)."""
 
+    def point(self, move: int, index: int) -> Tensor:
+        """The block at one evaluated offset of a move, (rows, width)."""
+        return self.points(move, move + 1)[0, index]
+
     @abstractmethod
     def realised(self, weights: Sequence[float]) -> Tensor:
         """(count, rows), double: the steps as they came out of rounding, weighted like the outputs will be."""
 
+    @abstractmethod
+    def added(self, slopes: Tensor, before: Any) -> Any:
+        """What these moves, with slopes (count, rows), and those before them come to; before is None at first."""
+
     @staticmethod
     @abstractmethod
-    def combined(parts: Sequence[tuple[Any, Tensor]]) -> Tensor:
-        """The gradient of the block, (rows, width): dual x slope, over moves and their slopes, each (count, rows)."""
+    def gradient(total: Any) -> Tensor:
+        """The gradient of the block, (rows, width), from what all moves come to: the sum of dual x slope."""
 
     def contracted(
         self, slopes: Sequence[Tensor], cotangents: Sequence[Tensor], dims: Sequence[int] | None, broken: bool
@@ -126,9 +135,14 @@ class CoordinateMoves(Moves):
         """See `Moves.realised`."""
         return weighted(_wide(self._moved), self._start, weights)
 
+    def added(self, slopes: Tensor, before: Any) -> list[tuple[CoordinateMoves, Tensor]]:
+        """See `Moves.added`."""
+        return [*(before or ()), (self, slopes)]
+
     @staticmethod
-    def combined(parts: Sequence[tuple[CoordinateMoves, Tensor]]) -> Tensor:
-        """See `Moves.combined`."""
+    def gradient(total: list[tuple[CoordinateMoves, Tensor]]) -> Tensor:
+        """See `Moves.gradient`."""
+        parts = total
         first, slopes = parts[0]
         if len(parts) == 1 and isinstance(first.columns, range):
             return slopes.T
@@ -199,14 +213,18 @@ class ColoredMoves(Moves):
         owners = self.coloring.owners.to(product.device)[self.numbers.to(product.device)]
         return product.new_zeros(self.count, width + 1).scatter_add_(1, owners, product)[:, :width]
 
+    def added(self, slopes: Tensor, before: Any) -> tuple[ColoredMoves, Tensor]:
+        """See `Moves.added`."""
+        share = slopes.sum(0)
+        return self, share if before is None else before[1] + share
+
     @staticmethod
-    def combined(parts: Sequence[tuple[ColoredMoves, Tensor]]) -> Tensor:
-        """See `Moves.combined`."""
-        total = torch.stack([shares.sum(0) for _, shares in parts]).sum(0)
-        moves = parts[0][0]
+    def gradient(total: tuple[ColoredMoves, Tensor]) -> Tensor:
+        """See `Moves.gradient`."""
+        moves, shares = total
         weights = moves.stencil.evaluated_weights
         moved = torch.stack([moves.block.x[0] + offset * moves.steps for offset in moves.stencil.evaluated])
-        return (total / weighted(_wide(moved.unsqueeze(0)), moves.block.x[0], weights)[0]).unsqueeze(0)
+        return (shares / weighted(_wide(moved.unsqueeze(0)), moves.block.x[0], weights)[0]).unsqueeze(0)
 
     def mirrored(self, chosen: Sequence[int]) -> ColoredMoves:
         """See `Moves.mirrored`."""
@@ -242,7 +260,7 @@ class RandomMoves(Moves):
         return len(self.numbers)
 
     def _displacement(self, move: int) -> Tensor:
-        return self.drawn(self.numbers[move]).to(self.sizes) * self.sizes
+        return self.drawn(self.numbers[move]).to(self.sizes).mul_(self.sizes)
 
     def points(self, start: int, stop: int) -> Tensor:
         """See `Moves.points`."""
@@ -254,27 +272,39 @@ class RandomMoves(Moves):
                 torch.add(x, displacement, alpha=offset, out=points[move - start, j])
         return points
 
+    def point(self, move: int, index: int) -> Tensor:
+        """See `Moves.point`."""
+        return self._displacement(move).mul_(self.stencil.evaluated[index]).add_(self.block.x)
+
     def realised(self, weights: Sequence[float]) -> Tensor:
         """See `Moves.realised`: the component along the direction, in units of each element's step."""
         found = []
         for move in range(self.count):
-            moved = weighted(self.points(move, move + 1)[0].unsqueeze(0), self.block.x, weights)[0].div_(self.sizes)
+            # Arrays of one size, one after the other: with several sizes the memory of millions of elements goes to
+            # pieces.
+            moved = torch.zeros_like(self.block.x)
+            for index, weight in enumerate(weights):
+                moved.add_(self.point(move, index).sub_(self.block.x), alpha=weight)
+            moved.div_(self.sizes)
             wanted = self.drawn(self.numbers[move]).to(moved)
-            found.append((moved * wanted).sum(-1, dtype=_wide_type(moved)))
-            found[-1] /= (wanted * wanted).sum(-1, dtype=_wide_type(moved))
+            share = moved.mul_(wanted).sum(-1, dtype=_wide_type(moved))
+            found.append(share / torch.mul(wanted, wanted, out=moved).sum(-1, dtype=_wide_type(moved)))
         return torch.stack(found)
 
-    @staticmethod
-    def combined(parts: Sequence[tuple[RandomMoves, Tensor]]) -> Tensor:
-        """See `Moves.combined`."""
-        total: Tensor | None = None
-        for moves, slopes in parts:
-            for number, slope in zip(moves.numbers, slopes.unbind(0), strict=True):
-                direction = moves.drawn(number).to(moves.sizes.device)
-                more = direction * (slope / moves.total).to(_sum_type(moves.sizes)).unsqueeze(-1)
-                total = more if total is None else total + more
+    def added(self, slopes: Tensor, before: Any) -> tuple[Tensor, Tensor]:
+        """See `Moves.added`: the sum so far, since small tensors kept between large ones would break up the memory."""
+        total = None if before is None else before[0]
+        for number, slope in zip(self.numbers, slopes.unbind(0), strict=True):
+            share = (slope / self.total).to(_sum_type(self.sizes)).unsqueeze(-1)
+            more = self.drawn(number).to(share).mul_(share)
+            total = more if total is None else total.add_(more)
         assert total is not None
-        return total / parts[0][0].sizes
+        return total, self.sizes
+
+    @staticmethod
+    def gradient(total: tuple[Tensor, Tensor]) -> Tensor:
+        """See `Moves.gradient`."""
+        return total[0].div_(total[1])
 
     def mirrored(self, chosen: Sequence[int]) -> RandomMoves:
         """See `Moves.mirrored`."""
@@ -421,9 +451,9 @@ class _Random(ABC):
         drawn: Callable[[int], Tensor],
     ) -> Tensor:
         """The step of every element; where there are bounds, short enough for the longest of all directions."""
-        scale = 1.0
-        if not isinstance(step_size, (AbsoluteStep, RelativeStep)):
-            scale = max(float(drawn(number).abs().max()) for number in range(total))
+        if isinstance(step_size, (AbsoluteStep, RelativeStep)):
+            return block.steps(step_size, stencil, eps).sizes
+        scale = max(float(drawn(number).abs().max()) for number in range(total))
         return block.together(
             [
                 steps_around(step_size, x, stencil, eps, scale, position)
@@ -442,8 +472,8 @@ class Rademacher(_Random):
 
     def _drawn(self, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[int, Callable[[int], Tensor]]:
         def direction(number: int) -> Tensor:
-            signs = torch.randint(0, 2, (rows, width), generator=_generator(seed, number), dtype=torch.int8)
-            return signs.mul_(2).sub_(1).to(dtype)
+            signs = torch.empty(rows, width, dtype=dtype).random_(0, 2, generator=_generator(seed, number))
+            return signs.mul_(2).sub_(1)
 
         return self.n, direction
 
@@ -472,7 +502,7 @@ class Orthogonal(_Random):
         # which of q and -q comes out is not random, but direction x dual is the same for both
         q = torch.linalg.qr(normal)[0]
         directions = q.permute(2, 0, 1) * math.sqrt(width)
-        return n, lambda number: directions[number]
+        return n, lambda number: directions[number].clone()
 
 
 def _by_formula(
@@ -513,7 +543,18 @@ def contract(
             share = share.sum(1, keepdim=True)
         total = share if total is None else total + share
     assert total is not None
+    if not all_finite(total):
+        # What an output does not depend on takes no part in a cotangent of it that is not finite.
+        with_zeros = [torch.where(slope == 0, 0.0, slope * v) for slope, v in zip(slopes, cotangents, strict=True)]
+        ones = [torch.ones_like(v) for v in cotangents]
+        if any(not all_finite(v) for v in cotangents):
+            return contract(with_zeros, ones, dims, broken=False)
     return total
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are; their sum is, unless it overflows, and is looked at first because it costs less."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _by_row(values: Tensor, dim: int) -> Tensor:

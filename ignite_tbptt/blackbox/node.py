@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.record import Record
-from ignite_tbptt.blackbox.round import gradients
+from ignite_tbptt.blackbox.round import gradients, tangents
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["called", "with_known_outputs"]
@@ -29,7 +30,7 @@ def called(record: Record) -> Any:
     tensors, record.flat.tensors = record.flat.tensors, []
     _refuse_complex(record, tensors)
     transformed = torch._C._are_functorch_transforms_active()
-    if transformed or _wants_gradient(tensors):
+    if transformed or _wants_gradient(tensors) or any(unpack_dual(tensor).tangent is not None for tensor in tensors):
         record.differentiable = True
         function = _UnderTransforms if transformed else _FiniteDifferences
         flat = function.apply(record, None, *tensors)  # type: ignore[no-untyped-call]
@@ -84,7 +85,7 @@ class _FiniteDifferences(torch.autograd.Function):
                 f"gradients of {record.flat.label} cannot be taken inside torch.func or torch.vmap: it would be "
                 "handed tensors that hold no numbers; call backward() or torch.autograd.grad outside of them"
             )
-        found = gradients(record, cotangents, lambda: _reachable(record), False)
+        found = _gradients(record, cotangents)
         if torch.is_grad_enabled():
             # create_graph=True: whoever differentiates these again is told, instead of getting a wrong number
             live = [k for k, gradient in enumerate(found) if gradient is not None]
@@ -94,6 +95,34 @@ class _FiniteDifferences(torch.autograd.Function):
             for k, gradient in zip(live, marked, strict=True):
                 found[k] = gradient
         return (None, None, *found)
+
+    @staticmethod
+    def jvp(ctx: Any, record: Any, known: Any, *along: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Forward mode: one difference along the tangent."""
+        call: Record = ctx.record
+        call.needed = [tangent is not None for tangent in along]
+        found = tangents(call, along)
+        return tuple(None if t is None else t.to(y) for t, y in zip(found, ctx.kinds, strict=True))
+
+
+def _gradients(record: Record, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    if not any(is_batched(v) for v in cotangents if v is not None):
+        return gradients(record, [cotangents], lambda: _reachable(record))[0]
+    # torch.autograd.grad(..., is_grads_batched=True): many cotangents, and one set of evaluations for them all
+    level = torch._C._vmapmode_decrement_nesting() + 1
+    try:
+        apart = [torch._remove_batch_dim(v, level, 1, 0) if v is not None and is_batched(v) else v for v in cotangents]
+        count = next(len(v) for v, was in zip(apart, cotangents, strict=True) if v is not was and v is not None)
+        many = [
+            [v if v is was or v is None else v[i] for v, was in zip(apart, cotangents, strict=True)]
+            for i in range(count)
+        ]
+        each = gradients(record, many, lambda: [record])
+        stacked = [None if same[0] is None else torch.stack(same) for same in zip(*each, strict=True)]
+    finally:
+        torch._C._vmapmode_increment_nesting()
+    return [None if same is None else torch._add_batch_dim(same, 0, level) for same in stacked]
 
 
 def _reachable(record: Record) -> list[Record]:
@@ -139,6 +168,7 @@ def _remember(ctx: Any, record: Record, tensors: Sequence[Tensor], output: tuple
     record.remember(tensors)
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
+    ctx.kinds = [tensor.new_empty(0) for tensor in output]
     ctx.mark_non_differentiable(*[tensor for tensor in output if not tensor.is_floating_point()])
 
 

@@ -26,6 +26,8 @@ class Options:
     dtype: torch.dtype | None
     numpy: bool
     repeatable: bool
+    is_default: bool = False
+    """Whether no estimator was given, so that the step is measured where the default one does not suit."""
 
     @property
     def must_stack(self) -> bool:
@@ -83,4 +85,5 @@ def make_options(
         dtype,
         numpy,
         repeatable,
+        estimator is None,
     )

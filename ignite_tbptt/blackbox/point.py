@@ -93,7 +93,10 @@ class Job:
         offsets = len(moves.stencil.evaluated)
         fitting = self._fitting(moves.count * offsets)
         chunk = fitting or max(1, getattr(point.record.options.executor, "chunk_bytes", 2**20) // max(1, point.size))
-        step = max(1, chunk // offsets)
+        if chunk < offsets:
+            yield from self._one_by_one()
+            return
+        step = chunk // offsets
         for start in range(0, moves.count, step):
             stop = min(moves.count, start + step)
             moved = dict(
@@ -108,6 +111,14 @@ class Job:
                     _own(moved[k][index], x.stride()) if k in moved else x.clone() for k, x in enumerate(point.x)
                 ]
                 yield tensors, self._where(start * offsets + index, 1), 1
+
+    def _one_by_one(self) -> Iterator[tuple[list[Tensor], Callable[[], str], int]]:
+        """Calls whose points are so large that they are made one at a time."""
+        block, offsets = self.moves.block, len(self.moves.stencil.evaluated)
+        for index in range(self.moves.count * offsets):
+            moved = dict(zip(block.members, block.apart(self.moves.point(*divmod(index, offsets))), strict=True))
+            tensors = [_own(moved.pop(k), x.stride()) if k in moved else x.clone() for k, x in enumerate(self.point.x)]
+            yield tensors, self._where(index, 1), 1
 
     def _fitting(self, count: int) -> int:
         """How many points go into one call, 0 where they are evaluated one by one."""
@@ -165,12 +176,12 @@ def evaluated(jobs: Sequence[Job]) -> list[list[Tensor]]:
 
 
 def evaluate_at(
-    record: Record, points: list[Tensor], where: str, copies: int = 1, point: Point | None = None
+    record: Record, points: list[Tensor], where: str, copies: int = 1, point: Point | None = None, probe: bool = True
 ) -> Outputs:
-    """Evaluate a probe, in the place where all evaluations run."""
+    """Evaluate one point, a probe say, in the place where all evaluations run."""
     streams = record.streams if record.draws else None
     (result,) = record.options.executor(run, [Task(record.flat, points, streams)])
-    outputs = record.count.taken(result, record.flat.label, lambda: where, copies, True)
+    outputs = record.count.taken(result, record.flat.label, lambda: where, copies, probe)
     if point is not None:
         _check_kind(point, outputs, lambda: where, copies)
     return outputs
@@ -201,6 +212,8 @@ def _same(first: Outputs, outputs: Outputs) -> bool:
 
 def _own(moved: Tensor, stride: tuple[int, ...]) -> Tensor:
     """A point in memory of its own, with the strides of x."""
+    if moved.stride() == stride and moved.untyped_storage().nbytes() == moved.nbytes:
+        return moved
     if moved.stride() == stride:
         return moved.clone()
     return torch.empty_strided(moved.shape, stride, dtype=moved.dtype, device=moved.device).copy_(moved)

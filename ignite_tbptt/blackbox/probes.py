@@ -7,34 +7,33 @@ give other rows, outputs that do not move at all: each is asked about at the fir
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.coloring import Sparsity, coloring_of
-from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
+from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.flat import Outputs
+from ignite_tbptt.blackbox.measuring import measure_steps
+from ignite_tbptt.blackbox.moves import Gaussian
 from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
 from ignite_tbptt.blackbox.record import Record
-from ignite_tbptt.warn import warn
 
-__all__ = ["doubt_if_zero", "verify"]
-
-# How often it is asked whether an input with a zero gradient matters at all, at one evaluation each time.
-_SEARCHES = 3
+__all__ = ["verify"]
 
 
-def verify(record: Record, gradients: int) -> bool:
-    """Verify what is due at so many gradients more; whether anything was.
+def verify(record: Record, gradients: int, cotangents: Sequence[Tensor | None]) -> Point | None:
+    """Verify what is due at so many gradients more; returns x of the call where anything was.
 
     Raises:
         BlackboxError: the function gives other outputs for the same inputs, or its rows are not independent.
     """
     key = key_of(record)
+    first = record.facts.is_first(key)
     if not record.facts.due(key, gradients):
-        return False
+        return None
     try:
         point = Point([record])
         if record.options.repeatable and point.floats:
@@ -44,10 +43,13 @@ def verify(record: Record, gradients: int) -> bool:
         sparsity = getattr(record.options.estimator.directions, "sparsity", None)
         if sparsity is not None and point.floats:
             _pattern(point, sparsity)
+        measure_steps(record, True)
+        if not isinstance(record.options.estimator.directions, Gaussian):  # which is for functions that jump
+            compare_steps(point, cotangents, first)
     except BaseException:
         record.facts.forget(key)
         raise
-    return True
+    return point
 
 
 def _repeat(point: Point) -> None:
@@ -183,77 +185,6 @@ def _stack(point: Point, moved: Sequence[Tensor], out: Outputs) -> bool:
             raise
         return False
     return True
-
-
-def doubt_if_zero(
-    point: Point, k: int, position: int, gradient: Tensor, used: Sequence[int], cotangents: Sequence[Tensor]
-) -> None:
-    """Warn, once for each input, of a zero gradient where a larger step would have moved the outputs.
-
-    Where the steps taken did move them, or no step does, the zero is right: an even function at its centre, or the
-    weight of a state that is still zero.
-    """
-    if bool(gradient.any()) or not any(bool(v.any()) for v in cotangents):
-        return
-    told, name = point.record.facts.told, point.flat.name(k)
-    searched = [note for note in told if isinstance(note, tuple) and note[:2] == ("zero", k)]
-    if len(searched) >= _SEARCHES:
-        return
-    told.add(("zero", k, len(searched)))
-    found = _step_that_moves(point, k, position, used)
-    if found is None:
-        return
-    h, quantum = found
-    told.update(("zero", k, search) for search in range(_SEARCHES))
-    warn(
-        f"the gradient of {point.flat.label} with respect to {name} is zero: no step that was taken changed the "
-        f"outputs. They do change, by {quantum:.3g} at least, when all elements move by {h:.3g}: if they come in "
-        f"quanta, choose a step of several of these, AbsoluteStep({4 * h:.2g}) say, or GaussianSmoothing(n, "
-        f"sigma={h:.2g})",
-        UntrustedGradientWarning,
-    )
-
-
-def _step_that_moves(point: Point, k: int, position: int, used: Sequence[int]) -> tuple[float, float] | None:
-    """The step at which outputs change, to a factor of 2, and the smallest change.
-
-    None where no step changes them, or where the one that was taken does already.
-    """
-    x, estimator = point.x[k], point.record.estimator
-    reach = max(1.0, float(x.abs().max()))
-    try:
-        if _change_at(point, k, position, reach, used) is None:
-            return None
-    except BlackboxError:
-        pass  # so large a move leads outside the domain, smaller ones may not
-    try:
-        taken = estimator.step_size.each(x, estimator.stencil, point.eps, position).sizes
-        if any(_change_at(point, k, position, steps, used) is not None for steps in (taken, -taken)):
-            return None
-        h = float(taken.abs().max())
-        while h < reach:
-            h *= 4
-            change = _change_at(point, k, position, h, used)
-            if change is not None and math.isfinite(change):
-                smaller = _change_at(point, k, position, h / 2, used)
-                return (h, change) if smaller is None else (h / 2, smaller)
-    except BlackboxError:
-        pass
-    return None
-
-
-def _change_at(point: Point, k: int, position: int, h: float | Tensor, used: Sequence[int]) -> float | None:
-    """The smallest change of an output when all elements of an input move by h.
-
-    None where nothing changes, infinite where all that changed is no number any more.
-    """
-    points = [x.clone() for x in point.x]
-    points[k] = point.record.options.estimator.step_size.inside(points[k] + h, position)
-    out = evaluate_at(point.record, points, f"all elements of {point.flat.name(k)} moved", 1, point).tensors
-    changes = torch.cat([(out[k] - point.first.tensors[k]).abs().flatten() for k in used])
-    changes = torch.nan_to_num(changes, nan=math.inf, posinf=math.inf)
-    changes = changes[changes > 0]
-    return float(changes.min()) if len(changes) else None
 
 
 def _near(point: Point, found: Tensor, wanted: Tensor) -> bool:

@@ -9,6 +9,7 @@ contracted portion by portion. Pairs with `node`, which knows what a backward re
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Coordinates, Moves
-from ignite_tbptt.blackbox.point import Job, Point, evaluated, key_of
-from ignite_tbptt.blackbox.probes import doubt_if_zero, verify
+from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
+from ignite_tbptt.blackbox.probes import verify
 from ignite_tbptt.blackbox.record import ALONE, Record, autocast_off
+from ignite_tbptt.blackbox.step_size import steps_around
 from ignite_tbptt.blackbox.task import SerialEvaluation, size_of
 
-__all__ = ["HELD_BYTES", "gradients"]
+__all__ = ["HELD_BYTES", "gradients", "tangents"]
 
 # Slopes are taken of so many evaluations at a time as leave outputs of this size, or of fewer.
 _PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
@@ -62,16 +64,18 @@ class _Held:
     rows: tuple[int, int] | None
 
 
+Cotangents = Sequence[Tensor | None]
+
+
 def gradients(
-    record: Record, cotangents: Sequence[Tensor | None], reachable: Callable[[], Sequence[Record]], batched: bool
-) -> list[Tensor | None]:
-    """The gradient for each tensor that needs one.
+    record: Record, many: Sequence[Cotangents], reachable: Callable[[], Sequence[Record]]
+) -> list[list[Tensor | None]]:
+    """The gradients for each tensor that needs one, by one set of evaluations for all cotangents.
 
     Args:
         record: the call.
-        cotangents: v for each output, None where it was not used.
+        many: cotangents, v for each output, None where it was not used.
         reachable: gives the records of the same blackbox that this backward will reach, this one among them.
-        batched: whether the cotangents are many at once, under a map of torch's.
 
     Raises:
         BlackboxError: the blackbox raised, changed its kind of output, is not finite, or couples rows.
@@ -83,32 +87,81 @@ def gradients(
         slopes: Any = held and held.slopes
         try:
             if held is None:
-                held, slopes = _evaluate(record, reachable())
-            parts = _contracted(record, held, slopes, cotangents)
+                held, slopes = _evaluate(record, reachable(), many[0])
+            parts = _contracted(record, held, slopes, many)
             moved = record.draws or before.have_moved()
             if moved and not record.draws:
                 # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
                 # included.
                 record.draws, record.facts.draws, record.first, record.held = True, True, None, None
-                held, slopes = _evaluate(record, [record])
-                parts = _contracted(record, held, slopes, cotangents)
+                held, slopes = _evaluate(record, [record], many[0])
+                parts = _contracted(record, held, slopes, many)
         finally:
             if moved:
                 before.restore()
-        found = _assembled(record, held, parts, cotangents, batched)
+        found = [_assembled(record, each) for each in parts]
         record.times += 1
     record.count.gradients += 1
     record.count.wall_seconds += time.perf_counter() - start
     return found
 
 
-def _evaluate(record: Record, reachable: Sequence[Record]) -> tuple[_Held, Any]:
+def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The change of every output along a tangent of the inputs, from one difference; None for integers.
+
+    Raises:
+        BlackboxError: the blackbox raised, changed its kind of output, or is not finite.
+    """
+    start = time.perf_counter()
+    estimator = record.options.estimator
+    with ALONE, torch.no_grad(), autocast_off(record.tensors):
+        before = record.facts.streams()
+        try:
+            point = Point([record])
+            moved = {k: t.to(point.x[k]) for k, t in enumerate(along) if t is not None}
+            scale = max((float((t.abs() / _sizes(point, k)).max()) for k, t in moved.items() if t.numel()), default=0.0)
+            found: list[Tensor | None] = [
+                torch.zeros_like(y) if y.is_floating_point() else None for y in point.first.tensors
+            ]
+            if not 0 < scale < math.inf:
+                return found
+            stencil = estimator.stencil
+            for offset, weight in zip(stencil.offsets, stencil.weights, strict=True):
+                h = offset / scale
+                points = [x + h * moved[k] if k in moved else x.clone() for k, x in enumerate(point.x)]
+                tensors = point.first.tensors
+                if offset:
+                    tensors = evaluate_at(record, points, f"along a tangent, by {h:.3g}", 1, point, False).tensors
+                for total, now, y in zip(found, tensors, point.first.tensors, strict=True):
+                    if total is not None:
+                        total.add_(now - y, alpha=weight * scale)
+            if not all(bool(torch.isfinite(t).all()) for t in found if t is not None):
+                raise BlackboxError(
+                    f"{record.flat.label} is NaN or infinite along the tangent; choose a smaller step, or BoundedStep "
+                    "to keep x inside the domain"
+                )
+        finally:
+            before.restore()
+            record.count.wall_seconds += time.perf_counter() - start
+    return found
+
+
+def _sizes(point: Point, k: int) -> Tensor:
+    """The step of every element of an input."""
+    estimator = point.record.options.estimator
+    position = sum(point.record.needed[:k])
+    return steps_around(estimator.step_size, point.x[k], estimator.stencil, point.eps, 1.0, position)
+
+
+def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[Tensor | None]) -> tuple[_Held, Any]:
     """Evaluate the records together that can be, and leave the slopes of the others with them."""
     others = [other for other in reachable if other is not record and other.held is None and other.unchanged]
     others = [other for other in others if key_of(other) == key_of(record) and other.draws == record.draws]
-    measure_steps(record, verify(record, 1 + len(others)))
+    point = verify(record, 1 + len(others), cotangents)
+    measure_steps(record, False)
     alike = _merged(record, others)
-    point = Point(alike)
+    if point is None or len(alike) > 1:
+        point = Point(alike)
     groups = _groups(point)
     if len(alike) == 1:
         return _Held(point, [], None), _streamed(point, groups)
@@ -255,11 +308,17 @@ def _inside(point: Point, moves: Moves) -> bool:
     return all(torch.equal(step_size.inside(part, position), part) for position, part in parts)
 
 
-_Parts = list[tuple[Group, list[tuple[Moves, Tensor]]]]
+_Parts = list[tuple[Group, Tensor]]
 
 
-def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[Tensor | None]) -> _Parts:
-    """Slopes of <v, f> along every move."""
+def _contracted(record: Record, held: _Held, slopes: Any, many: Sequence[Cotangents]) -> list[_Parts]:
+    """The gradient of every block, for each of the cotangents."""
+    if len(many) > 1:
+        slopes = [(group, list(some)) for group, some in slopes]
+    return [_contracted_once(record, held, slopes, cotangents) for cotangents in many]
+
+
+def _contracted_once(record: Record, held: _Held, slopes: Any, cotangents: Cotangents) -> _Parts:
     point = held.point
     used = [(n, k) for n, k in enumerate(point.floats) if cotangents[k] is not None]
     first = record.first
@@ -269,7 +328,7 @@ def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[T
     dims = None if point.out_dims is None else [point.out_dims[n] for n, _ in used]
     found: _Parts = []
     for group, some in slopes:
-        parts = []
+        total, moves = None, None
         for slope in some:
             outputs = [slope.outputs[n] for n, _ in used]
             if held.rows is not None and dims is not None:
@@ -277,9 +336,11 @@ def _contracted(record: Record, held: _Held, slopes: Any, cotangents: Sequence[T
                 outputs = [out.narrow(dim + 1, start, stop - start) for out, dim in zip(outputs, dims, strict=True)]
             if slope.broken:
                 _check_finite(record, slope, outputs, [k for _, k in used], v)
+            moves = slope.moves
             rows = dims if group.rows_move else None
-            parts.append((slope.moves, slope.moves.contracted(outputs, v, rows, slope.broken)))
-        found.append((group, parts))
+            total = moves.added(moves.contracted(outputs, v, rows, slope.broken), total)
+        if moves is not None:
+            found.append((group, moves.gradient(total)))
     return found
 
 
@@ -309,31 +370,15 @@ def _check_finite(
             )
 
 
-def _assembled(
-    record: Record, held: _Held, parts: _Parts, cotangents: Sequence[Tensor | None], batched: bool
-) -> list[Tensor | None]:
+def _assembled(record: Record, parts: _Parts) -> list[Tensor | None]:
     """Gradients in the shapes, precisions and on the devices of the tensors."""
     found: list[Tensor | None] = [
         torch.zeros_like(tensor) if need else None for tensor, need in zip(record.tensors, record.needed, strict=True)
     ]
-    for group, some in parts:
-        gradient = type(some[0][0]).combined(some)
+    for group, gradient in parts:
         layouts = [rows_of(record.tensors[k].shape, dim) for k, dim in zip(group.members, group.dims, strict=True)]
         pieces = gradient.split_with_sizes([layout.width for layout in layouts], -1) if len(layouts) > 1 else [gradient]
         for k, layout, piece in zip(group.members, layouts, pieces, strict=True):
             tensor = record.tensors[k]
             found[k] = layout.join(piece).to(device=tensor.device, dtype=tensor.dtype)
-        if not batched and held.rows is None and not bool(gradient.all()):
-            _doubt(record, held.point, group, found, cotangents)
     return found
-
-
-def _doubt(
-    record: Record, point: Point, group: Group, found: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
-) -> None:
-    used = [k for k in point.floats if cotangents[k] is not None]
-    v = [cotangents[k] for k in used]
-    for k, position in zip(group.members, group.positions, strict=True):
-        gradient = found[k]
-        if gradient is not None:
-            doubt_if_zero(point, k, position, gradient, used, v)  # type: ignore[arg-type]

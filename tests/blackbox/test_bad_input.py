@@ -136,7 +136,10 @@ def test_a_domain_that_ends_does_not_hide_the_quanta() -> None:
     def f(x: Tensor) -> Tensor:
         return torch.where(x > 1.5, math.nan, torch.floor(x * 8) / 8).detach()
 
-    with pytest.warns(UntrustedGradientWarning, match=r"by 0\.125 at least"):
+    with pytest.warns(
+        UntrustedGradientWarning,
+        match=r"f is not smooth .* slope is 0 at the step .*GaussianSmoothing\(n, sigma=0\.25\)",
+    ):
         blackbox(f)(ones(2) * 0.99).sum().backward()
 
 
@@ -146,7 +149,10 @@ def test_all_differences_zero_tells_the_step_and_the_quantum() -> None:
 
     x = torch.full((3,), 0.51, dtype=torch.float64, requires_grad=True)
     wrapped = blackbox(f)
-    with pytest.warns(UntrustedGradientWarning, match=r"of f with respect to x is zero.*by 0\.125 at least.*Absolute"):
+    with pytest.warns(
+        UntrustedGradientWarning,
+        match=r"f is not smooth .* slope is 0 at the step .*GaussianSmoothing\(n, sigma=0\.25\)",
+    ):
         wrapped(x).sum().backward()
     assert x.grad is not None
     assert not x.grad.any()
@@ -238,7 +244,7 @@ def test_a_function_that_raises_at_a_moved_point() -> None:
     y = blackbox(f)(x)
     with pytest.raises(
         BlackboxError,
-        match=r"f raised ArithmeticError: solver diverged\nin evaluation 7, x: element \(2,\) moved by \+7\.6",
+        match=r"f raised ArithmeticError: solver diverged\nin evaluation \d+, x: element \(2,\) moved by \+7\.6",
     ) as caught:
         y.sum().backward()
     assert isinstance(caught.value.__cause__, ArithmeticError)

@@ -1,0 +1,233 @@
+"""Jumps, printed digits and solver tolerances, told by the slope at a wider step.
+
+A central difference over a jump gives ``jump / 2h``, one of a program that prints few digits gives noise, and one of a
+solver with a loose tolerance the slope of its step control: none of them an error. The slope of a smooth function, in
+contrast, settles as the step shrinks. So a few elements are tried, at the first gradient and at gradients 2, 4, 8, ...:
+the slope at the step that is taken, and those at steps 64 and 4096 times as wide. Only where these differ is a ladder
+climbed, with a factor of 8 from step to step. Pairs with every stencil; kinks are told from jumps by one-sided slopes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
+from ignite_tbptt.blackbox.measuring import measure_steps
+from ignite_tbptt.blackbox.point import Point, evaluate_at, key_of
+from ignite_tbptt.blackbox.stencil import Stencil
+from ignite_tbptt.warn import warn
+
+__all__ = ["compare_steps"]
+
+# How many elements are tried at the first gradient; later one each time, another than before.
+_SAMPLE = 2
+_FACTOR = 8
+# Slopes agree that differ by less than this share of the larger; one-sided formulas round off more.
+_TOLERANCE, _ONE_SIDED_TOLERANCE = 0.003, 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """The weighted outputs as a function of one element."""
+
+    phi: Callable[[float], float]
+    stencil: Stencil
+    h: float
+    noise: float
+
+    def agree(self, one: float, other: float) -> bool:
+        """Whether two slopes do, up to truncation and rounding."""
+        share = _TOLERANCE if self.stencil.is_two_sided else _ONE_SIDED_TOLERANCE
+        return abs(one - other) <= max(share * max(abs(one), abs(other)), self.noise)
+
+    def slope(self, level: int) -> float:
+        """By the stencil that is used, at ``h * 8 ** level``; NaN where the function is not defined."""
+        h = self.h * float(_FACTOR) ** level
+        pairs = zip(self.stencil.offsets, self.stencil.weights, strict=True)
+        return sum(weight * self.phi(offset * h) for offset, weight in pairs) / h
+
+    def sides(self, level: int) -> tuple[float, float]:
+        """The slopes to the right and to the left of x."""
+        h = self.h * float(_FACTOR) ** level
+        return (self.phi(h) - self.phi(0.0)) / h, (self.phi(0.0) - self.phi(-h)) / h
+
+
+def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool) -> None:
+    """Warn of elements whose slope is another at a wider step, beyond what a smooth function allows.
+
+    Args:
+        point: where the function is differentiated.
+        cotangents: weights of the outputs.
+        first: whether this is the first gradient.
+    """
+    record = point.record
+    needed = [k for k, need in enumerate(record.needed) if need and point.x[k].numel()]
+    used = [(k, v.double()) for k in point.floats if (v := cotangents[k]) is not None and bool(torch.isfinite(v).all())]
+    if not needed or not used:
+        return
+    before = record.facts.streams()
+    wanted = min(_SAMPLE, sum(point.x[k].numel() for k in needed)) if first else 1
+    for turn in range(record.number, record.number + wanted):
+        k = needed[turn % len(needed)]
+        if ("coarse", k) in record.facts.told:
+            continue
+        element = (turn // len(needed) * 0x9E3779B1) % point.x[k].numel()
+        position = sum(record.needed[:k])
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(element), point.x[k].shape))
+        message = _compared(point, k, position, index, used)
+        if message is not None:
+            if not record.draws and before.have_moved():
+                # Away from x it draws random numbers, which were not common here: again, when they are.
+                record.facts.forget(key_of(record))
+                return
+            record.facts.told.add(("coarse", k))
+            if record.options.is_default and not record.facts.measures:
+                record.facts.measures = True
+                measure_steps(record, True)
+                message = _compared(point, k, position, index, used) or _told_of_measuring(point, k, position, index)
+            warn(message, UntrustedGradientWarning)
+
+
+def _told_of_measuring(point: Point, k: int, position: int, index: tuple[int, ...]) -> str:
+    estimator = point.record.estimator
+    h = float(estimator.step_size.each(point.x[k], estimator.stencil, point.eps, position).sizes[index].abs())
+    return (
+        f"{point.flat.label} jumps, rounds its inputs or outputs, or solves to a tolerance. So its steps were measured "
+        f"instead of chosen by the precision: {h:.2g} for element {index} of {point.flat.name(k)}. Give estimator="
+        "CentralDifference(step_size=MeasuredStep()) to have them measured without this word"
+    )
+
+
+def _compared(
+    point: Point, k: int, position: int, index: tuple[int, ...], used: Sequence[tuple[int, Tensor]]
+) -> str | None:
+    estimator = point.record.estimator
+    x = float(point.x[k][index])
+    sizes, one_sided = estimator.step_size.each(point.x[k], estimator.stencil, point.eps, position)
+    stencil = estimator.stencil
+    if one_sided is not None and bool(one_sided[index]):
+        stencil = stencil.one_sided()
+    h = float(sizes[index].abs())
+    if float(sizes[index]) < 0:
+        stencil = stencil.mirrored()
+    reach = max(0.3 * abs(x), min(0.3, 0.3 * h / point.eps ** (1 / (stencil.order + 1))))
+    top = int(math.log(max(reach / h, 1.0), _FACTOR))
+    if top < 1 or not math.isfinite(x):
+        return None
+    noise = 4 * point.eps * stencil.amplification / h
+    noise *= sum(float((v.abs() * point.first.tensors[n].abs().nan_to_num(0, 0, 0)).sum()) for n, v in used)
+    line = _Line(functools.cache(_phi(point, k, position, index, used)), stencil, h, noise)
+    quick = [line.slope(level) for level in sorted({0, min(2, top), min(4, top)})]
+    element = f"element {index} of {point.flat.name(k)}"
+    if not any(slope for slope in quick if math.isfinite(slope)):
+        return _if_zero(line, point, k, element, max(1.0, abs(x)))
+    if all(line.agree(quick[0], slope) for slope in quick[1:] if math.isfinite(slope)):
+        return None
+    slopes = [line.slope(level) for level in range(top + 1)]
+    while slopes and not math.isfinite(slopes[-1]):
+        slopes.pop()  # out of bounds, or outside the domain
+    if len(slopes) < 2 or not all(map(math.isfinite, slopes)) or not _is_coarse(line, slopes):
+        return None
+    gaps = [abs(a - b) / max(abs(a), abs(b)) if a or b else math.inf for a, b in itertools.pairwise(slopes)]
+    # of those that agree nearly best the widest, since two may agree by chance
+    best = max(level for level, gap in enumerate(gaps) if gap <= max(2 * min(gaps), 0.02))
+    wide = h * float(_FACTOR) ** (best + 1)
+    told = (
+        f"{point.flat.label} is not smooth on the scale of the step: with respect to {element} its slope is "
+        f"{slopes[0]:.3g} at the step that is taken, {h:.2g}, and {slopes[best + 1]:.3g} at {wide:.2g}. It jumps, "
+        "rounds its inputs or outputs, or solves to a tolerance; tighten that, or "
+    )
+    if gaps[best] < 0.1:
+        told += f"choose a step of several quanta, AbsoluteStep({wide / 2:.2g}) say"
+    else:
+        told += f"average over the jumps, with GaussianSmoothing(n, sigma={h * float(_FACTOR) ** top:.2g}) say"
+    return f"{told}; step_sweep({point.flat.label}, ...) shows the error against the step"
+
+
+def _if_zero(line: _Line, point: Point, k: int, element: str, reach: float) -> str | None:
+    """A message where a wider step changes the outputs, to both sides alike.
+
+    Where no step changes them, or those to one side only, the zero is right: saturated functions, and kinks.
+    """
+    top = math.ceil(math.log(2 * reach / line.h, _FACTOR))
+    level = next((level for level in range(top + 1) if line.slope(level)), None)
+    rounding = line.noise / float(_FACTOR) ** (level or 0)
+    if level is None or not rounding < abs(line.slope(level)) < math.inf:
+        return None
+    settled = level < top and abs(line.slope(level + 1)) < 4 * abs(line.slope(level))
+    alike = _same_to_both_sides(line, level) or (settled and _same_to_both_sides(line, level + 1))
+    if not (settled or level == top) or not alike:
+        return None
+    wide = line.h * float(_FACTOR) ** level
+    return (
+        f"the gradient of {point.flat.label} with respect to {point.flat.name(k)} is zero at {element}: no step that "
+        f"was taken changed the outputs. They do change when it moves by {wide:.2g}: if they come in quanta, choose a "
+        f"step of several of these, AbsoluteStep({_FACTOR * wide:.2g}) say, or average over the jumps, with "
+        f"GaussianSmoothing(n, sigma={wide:.2g}) say"
+    )
+
+
+def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
+    """Whether no smooth function has these slopes at steps that grow by a factor of 8."""
+    finer, taken, top = line.slope(-1), slopes[0], len(slopes) - 1
+    if taken == 0 == finer:
+        # Constant nearby. Quanta give a slope that settles and is the same to both sides; a flat or a kinked function
+        # gives one that grows, or that is of one side only.
+        found = next((level for level, slope in enumerate(slopes) if slope), top)
+        if found == top or abs(slopes[found + 1]) >= 4 * abs(slopes[found]):
+            return False
+        return _same_to_both_sides(line, found + 1)
+    gap = abs(taken - slopes[1])
+    if not line.agree(taken, slopes[1]):
+        # What a smooth function lacks is more at wider steps, and nearly nothing at a finer one.
+        after = abs(slopes[1] - slopes[2]) if top > 1 else 0.0
+        if abs(finer - taken) > 0.5 * gap and after < gap:
+            return True
+    # A jump a few steps away: a slope that neither the nearest nor the widest step shows.
+    far = slopes[top]
+    bound = 2 * max(abs(taken), abs(far))
+    if any(min(abs(slope - taken), abs(slope - far)) > bound for slope in slopes[1:top]):
+        return True
+    # A solver whose own steps change: the slope of one piece nearby, another one over many of them.
+    if top < 3 or not line.agree(finer, taken) or line.agree(taken, far) or abs(far) < 0.2 * abs(taken):
+        return False
+    gap = abs(taken - far)
+    settled = abs(far - slopes[top - 1]) < 0.25 * gap
+    return settled and all(abs(side - far) < 0.5 * gap for side in line.sides(top - 1))
+
+
+def _same_to_both_sides(line: _Line, level: int) -> bool:
+    if not line.stencil.is_two_sided:
+        return True
+    ahead, behind = line.sides(level)
+    return ahead * behind > 0 and 0.2 < ahead / behind < 5
+
+
+def _phi(
+    point: Point, k: int, position: int, index: tuple[int, ...], used: Sequence[tuple[int, Tensor]]
+) -> Callable[[float], float]:
+    step_size = point.record.options.estimator.step_size
+
+    def phi(t: float) -> float:
+        if t == 0:
+            found = point.first.tensors
+        else:
+            points = [x.clone() for x in point.x]
+            points[k][index] += t
+            inside = step_size.inside(points[k], position)
+            if not torch.equal(inside[index], points[k][index]):
+                return math.nan
+            try:
+                found = evaluate_at(point.record, points, "moved further, to compare steps", 1, point).tensors
+            except BlackboxError:
+                return math.nan  # so far away it may be outside its domain
+        return sum(float((v * found[n].double()).sum()) for n, v in used)
+
+    return phi

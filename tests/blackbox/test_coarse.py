@@ -1,0 +1,221 @@
+"""Functions that jump, print few digits or solve to a tolerance are named; smooth ones, and kinks, are not."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
+from ignite_tbptt.blackbox.estimator import CentralDifference, GaussianSmoothing
+from ignite_tbptt.blackbox.function import blackbox
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, StepSize
+
+DRAWS = 10
+
+
+def printed(form: str) -> Callable[[Any], Any]:
+    return lambda x: np.array([float(form % v) for v in 1.3 * np.sin(x) + x])
+
+
+def parsed(form: str) -> Callable[[Any], Any]:
+    def f(x: Any) -> Any:
+        y = np.array([float(form % v) for v in x])
+        return y * np.sin(y)
+
+    return f
+
+
+def image(x: Any) -> Any:
+    return np.round(np.abs(x) * 255) / 255 * np.array([1.0, 2.0])
+
+
+def integers(x: Any) -> Any:
+    work = np.zeros(2, int)
+    work[:] = x * 100
+    return work / 100.0
+
+
+def table(x: Any) -> Any:
+    grid = np.linspace(-5, 5, 100001)
+    return np.sin(grid)[np.searchsorted(grid, x)]
+
+
+def root_by_bisection(x: Any) -> Any:
+    found = []
+    for v in x:
+        low, high = -3.0, 3.0
+        while high - low > 2e-6:
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle**3 + middle < v else (low, middle)
+        found.append((low + high) / 2)
+    return np.array(found)
+
+
+def eighths(x: Any) -> Any:
+    return np.round(8 * np.sin(2 * x)) / 8
+
+
+def share_of_samples(x: Any) -> Any:
+    samples = np.random.default_rng(0).random(100_000)
+    return np.array([(samples < 1 / (1 + np.exp(-v))).mean() for v in x])
+
+
+def of_printed(x: Any) -> Any:
+    return 1.3 * np.cos(x) + 1
+
+
+def of_parsed(x: Any) -> Any:
+    return np.sin(x) + x * np.cos(x)
+
+
+# each with its slope without the jumps; None where a step that is wide enough leaves the curve
+COARSE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any] | None]] = {
+    **{f"output {form}": (printed(form), of_printed) for form in ("%.3f", "%.4f", "%g", "%.3e")},
+    **{f"input {form}": (parsed(form), of_parsed) for form in ("%.3f", "%.4f", "%g", "%.3e")},
+    "8-bit image": (image, None),
+    "integer work array": (integers, None),
+    "lookup table": (table, np.cos),
+    "bisection": (root_by_bisection, lambda x: 1 / (3 * root_by_bisection(x) ** 2 + 1)),
+    "rounding to 1/8": (eighths, None),
+    "sampler": (share_of_samples, None),
+}
+
+
+def drawn(seed: int) -> Tensor:
+    return (torch.rand(2, generator=torch.Generator().manual_seed(seed)) * 2 - 1).requires_grad_()
+
+
+def gradient(f: Callable[[Any], Any], x: Tensor, numpy: bool = True, step_size: StepSize | None = None) -> Any:
+    """The gradient, and what was said of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = blackbox(f, numpy=numpy, estimator=CentralDifference(step_size=step_size))(x)
+        found = torch.autograd.grad(y.sum(), x)[0]
+    assert all(issubclass(w.category, UntrustedGradientWarning) and w.filename == __file__ for w in caught)
+    return found.double().numpy(), [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_coarse_functions_are_named_and_the_advice_is_right(name: str) -> None:
+    f, slope = COARSE[name]
+    named = 0
+    for seed in range(DRAWS):
+        x = drawn(seed)
+        _, told = gradient(f, x)
+        named += bool(told)
+        advice = re.search(r"AbsoluteStep\(([^)]+)\)", told[0]) if told else None
+        if advice and slope is not None:
+            found, _ = gradient(f, x, step_size=AbsoluteStep(float(advice[1])))
+            true = slope(x.detach().double().numpy())
+            assert np.abs(found - true).max() <= 0.02 * np.abs(true).max()
+    assert named >= 9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_solver_with_a_loose_tolerance() -> None:
+    solve_ivp = pytest.importorskip("scipy.integrate").solve_ivp
+
+    def f(x: Any) -> Any:
+        return np.array(
+            [
+                solve_ivp(lambda t, y, p=p: [y[1], -p * np.sin(y[0])], (0, 30), [1.0, 0.5], method="LSODA").y[0, -1]
+                for p in np.abs(x) + 0.5
+            ]
+        )
+
+    assert sum(bool(gradient(f, drawn(seed))[1]) for seed in range(5)) == 5
+
+
+def mlp(x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weights, bias = (torch.randn(shape, generator=generator).to(x) for shape in ((2, 8), (8,)))
+    y: Tensor = (x @ weights + bias).relu().cumsum(0)
+    return y
+
+
+SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: 3 * x,
+    "constant": lambda x: x * 0 + 3,
+    "large constant": lambda x: 1000 + x,
+    "square": lambda x: x**2,
+    "cube": lambda x: x**3,
+    "flat": lambda x: 1 + x**8,
+    "large": lambda x: 1e6 * x**2,
+    "small": lambda x: 1e-9 * torch.sin(x),
+    "sine": torch.sin,
+    "sine of 10 x": lambda x: torch.sin(10 * x),
+    "sine of 100 x": lambda x: torch.sin(100 * x),
+    "ripples": lambda x: x + 1e-3 * torch.sin(30 * x),
+    "decaying waves": lambda x: torch.sin(3 * x) * torch.exp(-x) + x**2,
+    "exponential": torch.exp,
+    "steep exponential": lambda x: torch.exp(10 * x),
+    "logarithm": lambda x: torch.log(x.abs() + 1e-2),
+    "root": lambda x: torch.sqrt(x.abs() + 0.01),
+    "sigmoid": lambda x: torch.sigmoid(5 * x),
+    "saturated": lambda x: torch.tanh(50 * x),
+    "arc tangent": lambda x: torch.atan(20 * x),
+    "peak": lambda x: 1 / (1 + 100 * x**2),
+    "bell": lambda x: torch.exp(-50 * x**2),
+    "softmax": lambda x: torch.softmax(10 * x, 0),
+    "norm": lambda x: x.norm(),
+    "product": lambda x: x.prod(),
+    "Rosenbrock": lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2,
+    "relu": torch.relu,
+    "leaky": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "absolute value": torch.abs,
+    "maximum": lambda x: torch.maximum(x, x**2),
+    "network": mlp,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_functions_and_kinks_are_differentiated_without_a_word(name: str, dtype: torch.dtype) -> None:
+    for seed in range(DRAWS):
+        x = drawn(seed).detach().to(dtype).requires_grad_()
+        _, told = gradient(lambda x: SMOOTH[name](x).detach(), x, numpy=False)
+        assert told == []
+
+
+def test_a_zero_gradient_of_quanta_is_named_and_one_of_a_kink_is_not() -> None:
+    x = torch.tensor([0.3, 1.3], dtype=torch.float64, requires_grad=True)
+    _, told = gradient(np.round, x)
+    assert re.match(r"the gradient of round with respect to a is zero at element", told[0])
+    assert gradient(lambda x: np.maximum(x - 1.5, 0), x)[1] == []
+
+
+def test_it_is_asked_again_at_gradients_2_4_8_and_said_once() -> None:
+    x = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    rounded = [False]
+
+    def f(x: Any) -> Any:
+        y = np.sin(3 * x)
+        return np.round(y, 3) if rounded[0] else y
+
+    wrapped = blackbox(f, numpy=True)
+    said = []
+    for _ in range(8):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            wrapped(x).sum().backward()
+        said.append(len(caught))
+        rounded[0] = True
+    assert said == [0, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_smoothing_is_for_functions_that_jump() -> None:
+    x = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    f = blackbox(eighths, numpy=True, estimator=GaussianSmoothing(2000, sigma=0.2))
+    f(x).sum().backward()
+    # E sin(2 (x + s)) for s of variance .04 is sin(2 x) exp(-.08); each of 2000 directions is off by |g|, about
+    true = 2 * torch.cos(2 * x.detach()) * math.exp(-0.08)
+    assert x.grad is not None
+    assert (x.grad - true).norm() < 4 * true.norm() * math.sqrt(3 / 2000)
