@@ -62,13 +62,20 @@ class Coloring:
         colors: (inputs,), the colour of each.
         count: how many colours there are.
         owners: (colours, outputs), the one input of a colour that an output depends on; `inputs` where there is none.
-        pattern: (outputs, inputs), bool.
     """
 
     colors: Tensor
     count: int
     owners: Tensor
-    pattern: Tensor
+
+    def inputs_of(self, output: int) -> list[int]:
+        """The inputs that an output depends on."""
+        return sorted(owner for owner in self.owners[:, output].tolist() if owner < len(self.colors))
+
+    def depends_on(self, chosen: Tensor) -> Tensor:
+        """Which outputs depend on one of the chosen inputs, (outputs,)."""
+        found: Tensor = torch.cat([chosen, chosen.new_zeros(1)])[self.owners].any(0)
+        return found
 
 
 def coloring_of(sparsity: Sparsity, inputs: int) -> Coloring:
@@ -82,7 +89,7 @@ def coloring_of(sparsity: Sparsity, inputs: int) -> Coloring:
         cached = _COLORINGS.get(id(sparsity))
         if cached is not None and cached[0] is sparsity and len(cached[1].colors) == inputs:
             return cached[1]
-        coloring = _colored(_dense(sparsity, inputs))
+        coloring = _colored(*_entries(sparsity, inputs), inputs)
         if len(_COLORINGS) >= 16:
             _COLORINGS.clear()
         _COLORINGS[id(sparsity)] = (sparsity, coloring)
@@ -102,34 +109,41 @@ _COLORINGS: dict[int, tuple[Any, Coloring]] = {}
 
 @functools.lru_cache(maxsize=16)
 def _banded(band: Banded, inputs: int) -> Coloring:
-    distance = torch.arange(inputs) - torch.arange(inputs)[:, None]
-    return _colored((distance >= -band.below) & (distance <= band.above))
+    """Every so many columns, in turn: what is found greedily, without the pattern."""
+    count = min(band.below + band.above + 1, inputs)
+    outputs = torch.arange(inputs)
+    first = (outputs - band.below).clamp(min=0)  # of a row; the column of a colour is less than `count` to its right
+    owners = torch.stack([first + (color - first) % count for color in range(count)])
+    outside = (owners >= inputs) | (owners > outputs + band.above)
+    return Coloring(outputs % count, count, owners.masked_fill(outside, inputs))
 
 
-def _dense(sparsity: Any, inputs: int) -> Tensor:
+def _entries(sparsity: Any, inputs: int) -> tuple[Tensor, Tensor, int]:
+    """Rows and columns of the entries of a pattern, and the number of its rows."""
     if isinstance(sparsity, Tensor):
-        pattern = sparsity.cpu()
+        if sparsity.ndim != 2 or sparsity.dtype != torch.bool:
+            raise TypeError(
+                f"sparsity must be a bool tensor (outputs, inputs), got {sparsity.dtype} of shape "
+                f"{tuple(sparsity.shape)}"
+            )
+        rows, columns = sparsity.cpu().nonzero().unbind(1)
     else:
         matrix = sparsity.tocoo()
-        pattern = torch.zeros(matrix.shape, dtype=torch.bool)
-        pattern[torch.as_tensor(matrix.row).long(), torch.as_tensor(matrix.col).long()] = True
-    if pattern.ndim != 2 or pattern.dtype != torch.bool:
-        raise TypeError(
-            f"sparsity must be a bool tensor (outputs, inputs), got {pattern.dtype} of shape {tuple(pattern.shape)}"
-        )
-    if pattern.shape[1] != inputs:
+        rows, columns = torch.as_tensor(matrix.row).long(), torch.as_tensor(matrix.col).long()
+    if sparsity.shape[1] != inputs:
         raise ValueError(
-            f"sparsity has {pattern.shape[1]} columns, and there are {inputs} numbers to differentiate; its columns "
+            f"sparsity has {sparsity.shape[1]} columns, and there are {inputs} numbers to differentiate; its columns "
             "are those of all inputs that require grad, side by side in the order of the arguments"
         )
-    return pattern
+    return rows, columns, int(sparsity.shape[0])
 
 
-def _colored(pattern: Tensor) -> Coloring:
+def _colored(rows: Tensor, columns: Tensor, outputs: int, inputs: int) -> Coloring:
     """Colour greedily, the columns with most rows first."""
-    outputs, inputs = pattern.shape
-    rows_of = [column.nonzero()[:, 0].tolist() for column in pattern.T]
-    colors = [-1] * inputs
+    rows_of: list[list[int]] = [[] for _ in range(inputs)]
+    for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        rows_of[column].append(row)
+    colors = [0] * inputs
     taken: list[set[int]] = [set() for _ in range(outputs)]  # colours that a row has already
     for column in sorted(range(inputs), key=lambda j: -len(rows_of[j])):
         used = set().union(*(taken[row] for row in rows_of[column]))
@@ -141,7 +155,7 @@ def _colored(pattern: Tensor) -> Coloring:
     owners = torch.full((count, outputs), inputs)
     for column, color in enumerate(colors):
         owners[color, rows_of[column]] = column
-    return Coloring(torch.tensor(colors), count, owners, pattern)
+    return Coloring(torch.tensor(colors), count, owners)
 
 
 def detect_sparsity(

@@ -291,7 +291,7 @@ class FlatCall:
 
     def _checked(self, dims: list[int | None]) -> tuple[int | None, ...]:
         """Batch axes, none of them negative, all of one size."""
-        rows: tuple[str, int] | None = None  # of the first tensor that has any
+        first = None
         for k, (dim, tensor) in enumerate(zip(dims, self.tensors, strict=True)):
             if dim is None:
                 continue
@@ -301,14 +301,15 @@ class FlatCall:
                     f"{tuple(tensor.shape)}: there is no such axis; give None where all rows share it"
                 )
             size = tensor.shape[dim]
-            if rows is not None and size != rows[1]:
+            if first is None:
+                first, rows = k, size
+            elif size != rows:
                 raise ValueError(
-                    f"in_dims: {rows[0]} has {rows[1]} rows and {self.name(k)} has {size}; the batch axes of all "
+                    f"in_dims: {self.name(first)} has {rows} rows and {self.name(k)} has {size}; the batch axes of all "
                     f"arguments of {self.label} must be of one size"
                 )
-            rows = rows or (self.name(k), size)
             dims[k] = dim % tensor.dim()
-        if rows is None:
+        if first is None:
             raise ValueError(f"in_dims names a batch axis for none of the tensors of {self.label}; leave it out")
         return tuple(dims)
 

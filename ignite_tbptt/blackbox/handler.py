@@ -9,6 +9,7 @@ trainer, a process function of one's own.
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,9 @@ from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 
 __all__ = ["FiniteDifferenceGradients", "ModuleChoice"]
 
+# The handlers of each engine, which share its state.
+_ATTACHED: weakref.WeakKeyDictionary[Engine, list[FiniteDifferenceGradients]] = weakref.WeakKeyDictionary()
+
 ModuleChoice = str | type[nn.Module] | nn.Module
 
 
@@ -44,6 +48,9 @@ class FiniteDifferenceGradients:
     The model stays the same object with the same modules, parameters and state_dict keys; only hooks come when the run
     starts and go when it is completed. A run that ends in an exception leaves them in place, unless it is inside the
     ``with``, or until `detach`.
+
+    From the first iteration on ``engine.state`` has ``nfev``, ``seconds`` (inside the modules) and ``wall_seconds``
+    (all that gradients have cost), which Ignite's loggers read as ``state_attributes``.
 
     With ``modules=None`` the first forward of the model with gradients enabled is preceded by one that is watched (see
     `find_graph_cuts`): the modules in which values leave torch are bound, and a log line says which. A ``detach()`` or
@@ -115,6 +122,11 @@ class FiniteDifferenceGradients:
         """Time spent in those evaluations."""
         return sum(count.seconds for count in self.counts.values())
 
+    @property
+    def wall_seconds(self) -> float:
+        """All that gradients have cost, what the evaluations are prepared and contracted with included."""
+        return sum(count.wall_seconds for count in self.counts.values())
+
     def attach(self, engine: Engine) -> FiniteDifferenceGradients:
         """Swap gradients in whenever this engine runs; a second attach to the same engine changes nothing.
 
@@ -124,16 +136,19 @@ class FiniteDifferenceGradients:
         if id(engine) not in self._attached:
             handles = [
                 engine.add_event_handler(Events.STARTED, self._start),
+                engine.add_event_handler(Events.ITERATION_COMPLETED, self._tell),
                 engine.add_event_handler(Events.COMPLETED, self._complete),
                 # terminate(skip_completed=True) fires this alone
                 engine.add_event_handler(Events.TERMINATE, self._complete),
             ]
             self._attached[id(engine)] = (engine, handles)
+            _ATTACHED.setdefault(engine, []).append(self)
         return self
 
     def detach(self) -> None:
         """Take the gradients out, and leave every engine."""
-        for _, handles in self._attached.values():
+        for engine, handles in self._attached.values():
+            _ATTACHED[engine].remove(self)
             for handle in handles:
                 handle.remove()
         self._attached.clear()
@@ -159,6 +174,11 @@ class FiniteDifferenceGradients:
         else:
             self._bind(self._chosen)
 
+    def _tell(self, engine: Engine) -> None:
+        """Put what gradients have cost on the state, for loggers; of several handlers the sum."""
+        for name in ("nfev", "seconds", "wall_seconds"):
+            setattr(engine.state, name, sum(getattr(handler, name) for handler in _ATTACHED[engine]))
+
     def _complete(self, engine: Engine) -> None:
         if id(engine) not in self._running:
             return
@@ -166,7 +186,17 @@ class FiniteDifferenceGradients:
         if not self._running:
             self._remove()
             for name, count in self.counts.items():
-                self.logger.info("%s: %d evaluations in %.3f s", name, count.nfev, count.seconds)
+                self.logger.info(
+                    "%s: %d evaluations for %d gradients, %d to verify them, in %d calls: %.3f s inside of %.3f s%s",
+                    name,
+                    count.nfev,
+                    count.gradients,
+                    count.probes,
+                    count.calls + count.probes,
+                    count.seconds,
+                    count.wall_seconds,
+                    f"; {count.hint}" if count.hint else "",
+                )
 
     def _forget_compiled_code(self) -> None:
         # What torch.compile made of a module does not look at hooks that come or go later.

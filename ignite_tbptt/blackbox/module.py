@@ -68,6 +68,7 @@ class Binding:
         self._facts = Facts(name)
         self._begun: dict[tuple[int, int], list[_Begun | None]] = {}
         self._checked = self._told = False
+        self._forwards = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self
@@ -132,7 +133,9 @@ class Binding:
         return next((binding for binding in bindings_of(module) if binding.active), None) is self
 
     def _warn_once_of_hidden_gradients(self, module: nn.Module, state: ModuleState) -> None:
-        names = state.tensors_in_a_graph(module) if not self._told else []
+        self._forwards += 1
+        due = not self._told and self._forwards & (self._forwards - 1) == 0  # at 1, 2, 4, ...
+        names = state.tensors_in_a_graph(module) if due else []
         if names:
             self._told = True
             warnings.warn(

@@ -35,21 +35,22 @@ class ModuleState:
         shared: attributes that cannot be copied, so that all evaluations use the one that the module has.
     """
 
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, module: nn.Module, every: dict[str, nn.Parameter]) -> None:
+        parameters = {name: p for name, p in every.items() if p.requires_grad}
         self.shared: list[str] = []
         self.names = list(parameters)
         self._ids = [id(parameter) for parameter in parameters.values()]
         self._origin = id(module)
-        self._frozen = [(p, p._version) for p in module.parameters() if not p.requires_grad]
-        memo = {id(parameter): parameter for parameter in module.parameters()}
+        self._frozen = [(p, p._version) for p in every.values() if not p.requires_grad]
+        memo: dict[int, Any] = {id(parameter): parameter for parameter in every.values()}
         self.plain: list[Any] | None = []
         self._module = _twin(module, memo, self)
 
     @classmethod
     def of(cls, module: nn.Module) -> tuple[ModuleState, list[nn.Parameter]]:
         """The present state of a module, and its parameters that require grad."""
-        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        return cls(module, parameters), list(parameters.values())
+        every = dict(module.named_parameters())
+        return cls(module, every), [p for p in every.values() if p.requires_grad]
 
     @functools.cached_property
     def key(self) -> Any:
@@ -61,7 +62,7 @@ class ModuleState:
         """The method whose signature names the arguments."""
         return self._module.forward
 
-    @property
+    @functools.cached_property
     def flags(self) -> tuple[bool, ...]:
         """Whether each submodule is training."""
         return tuple(part.training for part in self._module.modules())
@@ -82,6 +83,8 @@ class ModuleState:
         """Take over what the forward built on first use, a solver say, instead of building it again each time."""
         for mine, part in zip(self._module.modules(), module.modules(), strict=False):
             now = vars(mine)
+            if len(now) == len(vars(part)) and all(now[name] is not None for name in now.keys() - _OF_TORCH):
+                continue
             for name, value in vars(part).items():
                 built = value is not None and not isinstance(
                     value, (*_NEVER_CHANGE, *_CONTAINERS, Tensor, np.ndarray, np.generic)

@@ -81,13 +81,15 @@ def gradients(
         BlackboxError: the blackbox raised, changed its kind of output, is not finite, or couples rows.
     """
     start = time.perf_counter()
+    held, record.held = record.held, None
+    if held is not None:
+        with torch.no_grad():
+            found = [_assembled(record, each) for each in _contracted(record, held, held.slopes, many)]
+        return _counted(record, found, start)
     with ALONE, torch.no_grad(), autocast_off(record.tensors):
         before, moved = record.facts.streams(), True
-        held, record.held = record.held, None
-        slopes: Any = held and held.slopes
         try:
-            if held is None:
-                held, slopes = _evaluate(record, reachable(), many[0])
+            held, slopes = _evaluate(record, reachable(), many[0])
             parts = _contracted(record, held, slopes, many)
             moved = record.draws or before.have_moved()
             if moved and not record.draws:
@@ -100,7 +102,11 @@ def gradients(
             if moved:
                 before.restore()
         found = [_assembled(record, each) for each in parts]
-        record.times += 1
+    return _counted(record, found, start)
+
+
+def _counted(record: Record, found: list[list[Tensor | None]], start: float) -> list[list[Tensor | None]]:
+    record.times += 1
     record.count.gradients += 1
     record.count.wall_seconds += time.perf_counter() - start
     return found

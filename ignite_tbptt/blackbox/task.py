@@ -164,6 +164,7 @@ class EvaluationCount:
         seconds: time spent inside the function in all of these.
         wall_seconds: time that gradients have cost in all.
         gradients: gradients estimated.
+        hint: how the same gradients could cost less, found at the first one; empty where nothing is known.
     """
 
     nfev: int = 0
@@ -172,6 +173,7 @@ class EvaluationCount:
     seconds: float = 0.0
     wall_seconds: float = 0.0
     gradients: int = 0
+    hint: str = ""
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -81,12 +81,33 @@ def test_two_inputs_lie_side_by_side() -> None:
     assert torch.allclose(w.grad, x.detach(), atol=1e-9)  # type: ignore[arg-type]
 
 
+def as_pattern(coloring: Any, inputs: int) -> Tensor:
+    pattern = torch.zeros(coloring.owners.shape[1], inputs + 1, dtype=torch.bool)
+    return pattern.scatter_(1, coloring.owners.T, torch.ones_like(coloring.owners.T, dtype=torch.bool))[:, :inputs]
+
+
 def test_columns_of_one_colour_share_no_row() -> None:
-    for sparsity in (torch.rand(40, 60) < 0.1, banded(2, 0), "elementwise"):
+    random = torch.rand(40, 60) < 0.1
+    distance = torch.arange(60) - torch.arange(60)[:, None]
+    for sparsity, pattern in (
+        (random, random),
+        (banded(2, 0), (distance >= -2) & (distance <= 0)),
+        (banded(2, 1), (distance >= -2) & (distance <= 1)),
+        (banded(70), distance < 100),
+        ("elementwise", distance == 0),
+    ):
         coloring = coloring_of(sparsity, 60)
+        assert torch.equal(as_pattern(coloring, 60), pattern)
         for color in range(coloring.count):
-            assert coloring.pattern[:, coloring.colors == color].sum(1).max() <= 1
+            assert pattern[:, coloring.colors == color].sum(1).max() <= 1
+        for output in (0, 17):
+            assert coloring.inputs_of(output) == pattern[output].nonzero()[:, 0].tolist()
     assert coloring_of(banded(2, 1), 60).count == 4
+
+
+def test_a_band_takes_memory_for_its_diagonals_alone() -> None:
+    coloring = coloring_of(banded(1), 1_000_000)
+    assert coloring.owners.numel() == 3_000_000
 
 
 @pytest.mark.parametrize("wrong", [banded(0, 1), "elementwise", torch.eye(60).bool()])

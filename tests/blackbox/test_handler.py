@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events, create_supervised_trainer
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ignite_tbptt.blackbox import FiniteDifferenceGradients
+from ignite_tbptt.blackbox.function import blackbox
 from tests.blackbox.cut_models import CENTRAL64, Cell, Recurrent, Through, twins
 
 Batch = tuple[Tensor, Tensor]
@@ -493,3 +496,50 @@ def test_a_module_with_no_cut_is_told() -> None:
         pytest.warns(UserWarning, match="cell: autograd sees"),
     ):
         trainer.run(sequences(1))
+
+
+def test_loggers_read_from_the_state_what_gradients_cost() -> None:
+    cut, _ = twins(Recurrent)
+    trainer = recurrent_trainer(cut)
+    handler = FiniteDifferenceGradients(cut, "cell").attach(trainer)
+    seen: list[tuple[int, float, float]] = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def read() -> None:
+        state: Any = trainer.state
+        seen.append((state.nfev, state.seconds, state.wall_seconds))
+
+    trainer.run(sequences())
+    assert seen[-1] == (handler.nfev, handler.seconds, handler.wall_seconds)
+    assert 0 < handler.seconds < handler.wall_seconds
+    assert seen[0][0] < seen[-1][0]
+    handler.detach()
+
+
+def test_the_log_says_what_in_dims_would_save() -> None:
+    class Waves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(np.sin(x.detach().numpy()))
+
+    model = nn.Sequential(nn.Linear(3, 4), Waves()).double()
+    batch = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+    trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), F.mse_loss)
+    handler = FiniteDifferenceGradients(model, "1").attach(trainer)
+    lines: list[str] = []
+    listening = logging.Handler()
+    listening.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.logger.addHandler(listening)
+    handler.logger.setLevel(logging.INFO)
+    trainer.run([batch] * 2)
+    # 32 elements, both ways, twice
+    assert re.match(r"1: 128 evaluations for 2 gradients, \d+ to verify them, in \d+ calls", lines[-1])
+    assert "its 8 rows look independent: in_dims=0 would take 1/8 of the evaluations" in lines[-1]
+
+
+def test_rows_that_depend_on_one_another_are_given_no_such_advice() -> None:
+    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    apart, together = blackbox(lambda x: x.detach().sin()), blackbox(lambda x: x.detach() - x.detach().mean(0))
+    for f in (apart, together):
+        f(x).sum().backward()
+    assert "its 8 rows look independent: in_dims=0 would take 1/8 of the evaluations" in apart.count.hint
+    assert together.count.hint == ""
