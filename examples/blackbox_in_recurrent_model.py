@@ -11,7 +11,11 @@ Run: ``python examples/blackbox_in_recurrent_model.py``. It takes half a minute,
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +26,6 @@ from torch.nn import functional as F
 
 from ignite_tbptt import create_supervised_tbptt_trainer
 from ignite_tbptt.blackbox import FiniteDifferenceGradients, find_graph_cuts
-
-from options import parser_of
 
 OPENING = np.array([-1.0, -0.6, -0.25, 0.1, 0.4, 0.75, 1.0])
 FLOW = np.array([0.00, 0.05, 0.30, 0.42, 0.90, 1.05, 1.60])
@@ -147,9 +149,15 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Show the cut, train three times, compare, draw."""
-    given = parser_of("A tank whose valve is a table in numpy, trained through it.", "matplotlib").parse_args()
+    parser = argparse.ArgumentParser(description="A tank whose valve is a table in numpy, trained through it.")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the picture")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
+    given = parser.parse_args(arguments)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "this example needs matplotlib: pip install 'ignite-tbptt[plot]'\n")
+    given.output.mkdir(parents=True, exist_ok=True)
     epochs = 1 if given.quick else EPOCHS
     print(find_graph_cuts(Tank(TableValve()), measurements()[0][0]))
     print()
@@ -171,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -15,7 +15,11 @@ Run: ``python examples/blackbox_regression.py``. It takes seconds, prints the we
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +29,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ignite_tbptt.blackbox import blackbox
-
-from options import parser_of
 
 TRUE_WEIGHTS = (1.2, -3.4)
 POINTS, BATCH, EPOCHS, LEARNING_RATE = 200, 10, 20, 0.1
@@ -68,7 +70,7 @@ class Trained:
     seconds: float
 
 
-def train(as_string: bool, validation: Tensor, epochs: int = EPOCHS, seed: int = SEED) -> Trained:
+def train(as_string: bool, validation: Tensor, seed: int = SEED, epochs: int = EPOCHS) -> Trained:
     """Train one of the two, from the same start and on the same batches as the other."""
     data = torch.Generator().manual_seed(seed)
     x, start = torch.rand(POINTS, generator=data), torch.randn(2, generator=data)
@@ -111,12 +113,18 @@ def draw(torch_run: Trained, text_run: Trained, validation: Tensor, path: Path) 
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Train both, compare, draw."""
-    given = parser_of("Regression through a string under eval, beside torch's own.", "matplotlib").parse_args()
+    parser = argparse.ArgumentParser(description="Regression through a string under eval, beside torch's own.")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the picture")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
+    given = parser.parse_args(arguments)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "this example needs matplotlib: pip install 'ignite-tbptt[plot]'\n")
+    given.output.mkdir(parents=True, exist_ok=True)
     validation = torch.linspace(0, 1, 50)
     epochs = 1 if given.quick else EPOCHS
-    runs = {"torch": train(False, validation, epochs), "string": train(True, validation, epochs)}
+    runs = {"torch": train(False, validation, epochs=epochs), "string": train(True, validation, epochs=epochs)}
     print(f"{'':8}{'w0':>9}{'w1':>9}{'loss':>10}{'seconds':>9}    true weights {TRUE_WEIGHTS}")
     for name, run in runs.items():
         print(f"{name:8}{run.weights[0]:9.4f}{run.weights[1]:9.4f}{run.losses[-1]:10.1e}{run.seconds:9.2f}")
@@ -130,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -12,10 +12,11 @@ of the single characters and zlib. It prints a table and a sample of text, and d
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import math
 import time
 import zlib
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data import topics
@@ -36,8 +37,6 @@ from ignite_tbptt import (
     create_supervised_tbptt_evaluator,
     create_supervised_tbptt_trainer,
 )
-
-from options import parser_of
 
 ROWS = 32
 TBTT_STEP = 64
@@ -157,7 +156,11 @@ def draw(history: History, corpus: Corpus, path: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of("Train a character model on Python's documentation.", "matplotlib", "tqdm")
+    parser = argparse.ArgumentParser(description="Train a character model on Python's documentation.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="folder for the picture and the checkpoints"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
     parser.add_argument("--cell", choices=["lstm", "gru"], default="lstm")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=8)
@@ -165,6 +168,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     arguments = parser.parse_args()
+    if not all(map(importlib.util.find_spec, ("matplotlib", "tqdm"))):
+        parser.exit(2, "this example needs matplotlib and tqdm: pip install 'ignite-tbptt[plot,progress]'\n")
+    arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.quick:
         arguments.epochs, arguments.hidden_size = 1, 16
 
@@ -238,7 +244,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def report(model: nn.Module, corpus: Corpus, history: History, arguments: Namespace, seconds: float) -> None:
+def report(model: nn.Module, corpus: Corpus, history: History, arguments: argparse.Namespace, seconds: float) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = [
         ("order-0 entropy of the characters", corpus.order_0_bits()),

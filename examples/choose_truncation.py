@@ -33,6 +33,8 @@ Control Gradient Bias, UAI 2019, arXiv:1905.07473, section 5.1.
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import math
 import statistics
 import time
@@ -52,8 +54,6 @@ from ignite_tbptt import (
     Tbptt_Events,
     create_supervised_tbptt_trainer,
 )
-
-from options import parser_of
 
 SYMBOLS, MEMORY, ROWS = 6, (5, 10), 64
 BATCH = 2400  # steps between measurements; a multiple of many lengths, and long beside the others' last chunk
@@ -206,12 +206,17 @@ def compare(title: str, table: dict[int, list[float]]) -> None:
 
 
 def main() -> None:
-    parser = parser_of("Adaptive against fixed truncation on the copy task.", "matplotlib")
+    parser = argparse.ArgumentParser(description="Adaptive against fixed truncation on the copy task.")
+    parser.add_argument("--output", "--folder", type=Path, default=Path("output"), help="folder for the pictures")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
     parser.add_argument("--steps", type=int, default=36_000, help="time steps of each of the 64 rows")
     parser.add_argument("--window", type=int, default=80, help="time steps over which the decay is measured")
     parser.add_argument("--tolerance", type=float, default=0.5, help="relative bias that is allowed for")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "this example needs matplotlib: pip install 'ignite-tbptt[plot]'\n")
+    given.output.mkdir(parents=True, exist_ok=True)
     given.steps = 2 * BATCH if given.quick else given.steps
     ways = (ADAPTIVE, *FIXED)
     print(f"copy task, {given.steps} steps of {ROWS} rows; perplexity of the copied symbols, {SYMBOLS} is guessing")

@@ -13,6 +13,8 @@ Source: Tallec and Ollivier, Unbiasing Truncated Backpropagation Through Time, 2
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import math
 import time
 from pathlib import Path
@@ -29,8 +31,6 @@ from ignite_tbptt import (
     TruncationPolicy,
     create_supervised_tbptt_trainer,
 )
-
-from options import parser_of
 
 UNITS, UP, BEST, DIVERGED = 23, 10, -1 / 6, 1e6
 FLOAT = torch.float64
@@ -117,10 +117,15 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of("Influence balancing: which truncation learns it.", "matplotlib")
+    parser = argparse.ArgumentParser(description="Influence balancing: which truncation learns it.")
+    parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the picture")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, which show nothing but that it runs")
     parser.add_argument("--steps", type=int, default=30_000, help="time steps to train for")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random cuts")
     given = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.exit(2, "this example needs matplotlib: pip install 'ignite-tbptt[plot]'\n")
+    given.output.mkdir(parents=True, exist_ok=True)
     given.steps = 2000 if given.quick else given.steps
     reweighted = AnticipatedReweightedTruncation(steps=1, alpha=6, mean=16, seed=given.seed)
     # A window weighs its length over the mean, so that the rate for the sum of its losses is rate / mean.

@@ -9,93 +9,199 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import DeterministicEngine, Engine, Events
+from ignite.engine import DeterministicEngine, Engine
 
 from ignite_tbptt import nest, ranks
 from ignite_tbptt.events import WindowEngine
+from ignite_tbptt.optimization import SharedStep
+from ignite_tbptt.position import Resume, TimeState
+from ignite_tbptt.warn import warn
 
 KEY = "tbptt"
 
 
 class TimeEngine(WindowEngine):
-    """An Ignite engine whose state dict also holds the counters of time, the carried state and the settings."""
+    """An Ignite engine whose state dict also holds the counters of time, the carried state and the settings.
+
+    A run that goes on where a checkpoint was saved tells its data so: an object with ``resume_at(batch)`` is asked,
+    right before it is iterated over, to begin with that batch. An object with ``fingerprint()``, which returns a dict
+    of plain values, has it saved; a run that would go on with data of another fingerprint is refused.
+
+    Args:
+        process_function: as for `Engine`.
+        settings: what a checkpoint must have in common with the engine that loads it, by name.
+
+    Raises:
+        TypeError: a setting is neither a number, nor a string, nor None.
+    """
 
     state: Any  # Ignite's State, which takes the attributes of time as it takes a user's
 
-    def __init__(self, process_function: Callable[[Engine, Any], Any], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, process_function: Callable[[Engine, Any], Any], settings: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(process_function)
-        self._settings = dict(settings)
+        self._settings = {name: _plain(name, value) for name, value in (settings or {}).items()}
+        self._time = self.state.tbptt = TimeState()
+        self.state.hidden = None
 
     def state_dict(self) -> Any:
-        """Return Ignite's state dict with the entry "tbptt"; see `Engine.state_dict`.
+        """Return Ignite's state dict, and the entry "tbptt" if the engine has events of time; see `Engine.state_dict`.
 
         Raises:
+            TypeError: the fingerprint of the data holds something else than numbers, strings and None.
             ValueError: the carried state would not come back from a file.
         """
-        state = self.state
+        state, place = self.state, self._time
         saved = super().state_dict()
+        for name, value in saved.items():
+            if isinstance(value, np.generic):  # epoch_length, say
+                saved[name] = value.item()
         if "rng_states" in saved:
-            saved["rng_states"] = [_plain(rng_state) for rng_state in saved["rng_states"]]
-        hidden = state.hidden if self._settings["stateful"] else None
+            saved["rng_states"] = [_plain_rng(rng_state) for rng_state in saved["rng_states"]]
+        if place.stateful is None:
+            return saved
+        hidden = state.hidden if place.stateful else None
         saved[KEY] = {
             "settings": dict(self._settings),
             "time_iteration": state.time_iteration,
             "optimizer_step": state.optimizer_step,
             # What schedules it sets it again only at its next event.
             "tbtt_step": serialized_tbtt_step(state.tbtt_step),
-            "data_position": state.tbptt.data_position,
-            "batch_in_epoch": state.tbptt.batch_in_epoch,
-            "inside_batch": state.tbptt.inside_batch,
+            "data": _fingerprint(state.dataloader),
+            "data_position": place.data_position,
+            "batch_in_epoch": place.batch_in_epoch,
+            "inside_batch": place.inside_batch,
+            "windows_without_step": place.shared_step.windows,
             "rank": None if hidden is None else ranks.own(),
             "hidden": pack_hidden(hidden),
-            "hidden_rows": state.tbptt.rows,
+            "hidden_rows": place.rows,
         }
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; see `Engine.load_state_dict`.
 
+        The next run goes on there. In a handler of a run whose data have begun, only the counters and the carried
+        state are set: the data go on where they are, as they do in Ignite.
+
         Raises:
             ValueError: the checkpoint is of a trainer with other settings, or carries the hidden state of the rows of
                 another rank. Nothing has been loaded then.
         """
-        own = state_dict.get(KEY)
+        own: Any = state_dict.get(KEY) if isinstance(state_dict, Mapping) else None
+        hidden = None
         if own is not None:
             self._check_settings(own["settings"])
             _check_rank(own["rank"])
-        hidden = None if own is None else unpack_hidden(own["hidden"])
+            hidden = unpack_hidden(own["hidden"])
         super().load_state_dict(state_dict)
-        # What an earlier run left here would make the next one go on there, or do nothing at all after an exception.
-        self.should_terminate = self.should_terminate_single_epoch = self.should_interrupt = False
-        self._dataloader_iter = self._init_iter = self._internal_run_generator = None
-        state, place = self.state, self.state.tbptt
-        state.hidden, place.rows, place.hidden_restored = hidden, None, hidden is not None
-        place.batch_in_epoch = place.data_position = 0
-        place.resume_data_at = state.iteration % (state.epoch_length or state.iteration + 1)
+        state, place = self.state, self._time
+        batch_in_epoch = state.iteration % (state.epoch_length or state.iteration + 1)
+        state.hidden, place.hidden_restored, place.shared_step = hidden, hidden is not None, SharedStep()
+        place.rows = None
+        resume = Resume(state.iteration, None, hidden)
         if own is not None:
             state.time_iteration, state.optimizer_step = own["time_iteration"], own["optimizer_step"]
             place.rows = own["hidden_rows"]
             self._restore_tbtt_step(own["tbtt_step"])
-            _warn_of_a_place_between(own, place.resume_data_at)
-            place.resume_data_at = own["data_position"]
+            resume.position, resume.fingerprint = own["data_position"], own.get("data")
+            resume.epoch_was_left = own["batch_in_epoch"] == state.epoch_length
+            _warn_of_a_place_between(own, batch_in_epoch, state.epoch_length)
+        generator: Any = self._internal_run_generator
+        is_running = self._dataloader_iter is not None if generator is None else generator.gi_running
+        if is_running and self._dataloader_iter is not None:
+            if place.stateful and own is not None and resume.position != place.data_position:
+                warn(
+                    f"the checkpoint was loaded in a handler of a run: the data go on after batch {place.data_position}"
+                    f" of theirs, with the hidden state that was carried there after batch {resume.position}. Set "
+                    "engine.state.hidden = None to start from an initial one."
+                )
+            return
+        place.resume, place.left = resume, hidden
+        if not is_running:
+            # What an earlier run left here would make the next one go on there, or do nothing at all after an
+            # exception.
+            self.should_terminate = self.should_terminate_single_epoch = self.should_interrupt = False
+            self._dataloader_iter = self._init_iter = self._internal_run_generator = None
+
+    def set_data(self, data: Any) -> None:
+        """Draw the next batch from `data`, with an initial hidden state; see `Engine.set_data`."""
+        super().set_data(data)
+        self._time.resume = None
+        self._time.begin_data(self.state.hidden)
+
+    def _setup_engine(self) -> None:
+        # Ignite is about to iterate over the data of a run, behind the handlers of its first EPOCH_STARTED.
+        place = self._time
+        if place.resume is not None:
+            self._go_on(place.resume)
+        super()._setup_engine()
+        place.resume, place.batch_in_epoch = None, self._init_iter or 0
+
+    def _go_on(self, resume: Resume) -> None:
+        """Let the data go on where the checkpoint was saved, and the carried state with them."""
+        state, place = self.state, self._time
+        data = state.dataloader
+        place.data_position = position = self.check_data(resume)
+        inside_epoch = state.iteration % (state.epoch_length or state.iteration + 1)
+        if inside_epoch:  # whose handlers of EPOCH_STARTED had been called before, not now
+            state.hidden = resume.hidden
+        begins_anew = not position or not (inside_epoch or place.stateful == "data")
+        if begins_anew and state.hidden is place.left:  # neither set before the run nor by a handler
+            state.hidden = None
+        if not position or isinstance(self, DeterministicEngine):  # that one skips what it has seen by itself
+            return
+        if hasattr(data, "resume_at"):
+            data.resume_at(position)
+        elif place.stateful and not (data is None or isinstance(data, Iterator) or hasattr(data, "load_state_dict")):
+            warn(
+                f"a stateful run goes on at iteration {state.iteration}, after batch {position} of its data, but the "
+                f"data ({type(data).__name__}) begin anew: the carried hidden state meets batches that it does not "
+                "belong to. Give data with resume_at(batch), as ContiguousStreams has, an iterator that is already "
+                "there, or deterministic=True."
+            )
+
+    def check_data(self, resume: Resume) -> int:
+        """Return at which batch the data of a run go on.
+
+        Raises:
+            ValueError: they go on inside, and are not those of the checkpoint.
+        """
+        data, position = self.state.dataloader, resume.position
+        length = self._get_data_length(data)
+        if position is None:
+            position, length = resume.iteration, length or self.state.epoch_length
+        position %= length or position + 1
+        here = _fingerprint(data)
+        if position and resume.fingerprint is not None and here is not None:
+            different = [
+                f"{name}={resume.fingerprint.get(name)!r} there and {here.get(name)!r} here"
+                for name in {**resume.fingerprint, **here}
+                if resume.fingerprint.get(name) != here.get(name)
+            ]
+            if different:
+                self._internal_run_generator = None  # Ignite leaves it exhausted, and the next run would do nothing
+                raise ValueError(
+                    f"the run would go on after batch {position} of other data than the checkpoint's: "
+                    f"{'; '.join(different)}. Give the data as they were; or set engine.state.max_epochs = None to "
+                    "start a new run."
+                )
+        return position
 
     def _restore_tbtt_step(self, saved: Any) -> None:
         if not isinstance(saved, str):
             self.state.tbtt_step = saved
         elif saved != (here := serialized_tbtt_step(self.state.tbtt_step)):
-            warnings.warn(
+            warn(
                 f"the checkpoint was saved while engine.state.tbtt_step was {saved}, here it is {here}: "
-                "set it as it was, or the run goes on with other windows.",
-                UserWarning,
-                stacklevel=3,
+                "set it as it was, or the run goes on with other windows."
             )
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
@@ -115,21 +221,46 @@ class TimeEngine(WindowEngine):
 class DeterministicTimeEngine(TimeEngine, DeterministicEngine):
     """The same on Ignite's `DeterministicEngine`."""
 
+    def _from_iteration(self, iteration: int) -> Iterator[Any]:
+        # Ignite tells the batch from the iteration, which is wrong where an epoch was cut short.
+        place = self._time
+        if place.resume is None or place.resume.position is None:
+            place.data_position = iteration % (self._get_data_length(self.state.dataloader) or iteration + 1)
+        return super()._from_iteration(place.data_position)
 
-def _plain(rng_state: Any) -> Any:
+
+def _plain(name: str, value: Any) -> Any:
+    """Return `value` as one of Python's own types, which ``torch.load(weights_only=True)`` accepts."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if value is None or isinstance(value, str):
+        return value if value is None else str(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    raise TypeError(
+        f"{name} must be a number, a string or None, because checkpoints hold it, got {value!r} of type "
+        f"{type(value).__name__}."
+    )
+
+
+def _plain_rng(rng_state: Any) -> Any:
     """Return numpy's random state with its array as a list, which numpy takes back and weights_only lets through."""
     if not isinstance(rng_state, tuple):
         return rng_state
     return tuple(part.tolist() if isinstance(part, np.ndarray) else part for part in rng_state)
 
 
-def serialized_tbtt_step(tbtt_step: Any) -> int | float | str:
+def serialized_tbtt_step(tbtt_step: Any) -> Any:
     """Return what of `tbtt_step` a checkpoint holds: a number as Python has it, or how a policy describes itself."""
-    if isinstance(tbtt_step, Integral):
-        return int(tbtt_step)
-    if isinstance(tbtt_step, Real):
-        return float(tbtt_step)
+    if tbtt_step is None or isinstance(tbtt_step, Real):
+        return _plain("tbtt_step", tbtt_step)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(tbtt_step))  # a class without a repr of its own tells its address
+
+
+def _fingerprint(data: Any) -> dict[str, Any] | None:
+    if not hasattr(data, "fingerprint"):
+        return None
+    return {name: _plain(f"fingerprint()[{name!r}]", value) for name, value in data.fingerprint().items()}
 
 
 def _check_rank(saved: int | None) -> None:
@@ -141,113 +272,25 @@ def _check_rank(saved: int | None) -> None:
         )
 
 
-def _warn_of_a_place_between(saved: Mapping[str, Any], batch_in_epoch: int) -> None:
+def _warn_of_a_place_between(saved: Mapping[str, Any], batch_in_epoch: int, epoch_length: int | None) -> None:
+    counted = saved["batch_in_epoch"] % (epoch_length or saved["batch_in_epoch"] + 1)
     if saved["inside_batch"]:
-        warnings.warn(
+        warn(
             "the checkpoint was saved inside a batch, which has no place to resume from: the run goes on with the next "
             "batch, and the windows left in this one are not trained on. For an exact resume save at "
-            "ITERATION_COMPLETED.",
-            UserWarning,
-            stacklevel=3,
+            "ITERATION_COMPLETED."
         )
-    elif batch_in_epoch and saved["batch_in_epoch"] != batch_in_epoch:
-        warnings.warn(
-            f"the checkpoint is of a run in which an epoch was cut short: it was at batch {saved['batch_in_epoch']} of "
-            f"its epoch, and Ignite counts {batch_in_epoch}. The data go on where they were, but this epoch ends "
-            "elsewhere than it would have.",
-            UserWarning,
-            stacklevel=3,
+    elif windows := saved.get("windows_without_step"):
+        warn(
+            f"the checkpoint was saved while {windows} windows waited for others to share an optimizer step with: "
+            "their gradients are not in it, and no step will be taken on them. For an exact resume save where "
+            "gradient_accumulation_steps windows are complete."
         )
-
-
-@dataclass
-class TimeState:
-    """What an engine over time keeps for itself, as ``engine.state.tbptt``; handlers have no business here.
-
-    Attributes:
-        step: the process function, None for an evaluator.
-        rows: rows of the batch that left the carried state, None where they are not known.
-        hidden_restored: the carried state comes from a checkpoint, perhaps of another device.
-        data_position: batches drawn since the data began.
-        batch_in_epoch: batches drawn since the epoch began.
-        inside_batch: some windows of a batch have been run, and some have not.
-        shared_step: the windows that share the next optimizer step.
-        layout_is_unknown: no chunk has shown yet whether the model takes the time axis for time.
-        weighs_losses: chunks have a `loss_weight`.
-        gradients_were_seen: a first backward has been looked at for parameters without a gradient.
-        resume_data_at: where a loaded checkpoint wants the data to go on; None where none was loaded.
-    """
-
-    step: Any = None
-    rows: int | None = None
-    hidden_restored: bool = False
-    data_position: int = 0
-    batch_in_epoch: int = 0
-    inside_batch: bool = False
-    shared_step: Any = None
-    layout_is_unknown: bool = True
-    weighs_losses: bool = False
-    gradients_were_seen: bool = False
-    resume_data_at: int | None = None
-
-
-def track_position(engine: Engine, stateful: bool) -> TimeState:
-    """Reset the carried state where an epoch or the data begin, and count the batches since then.
-
-    After a checkpoint was loaded the data are asked to go on where they were, and inside an epoch the state stays.
-    """
-    state: Any = engine.state
-    state.hidden, state.tbptt = None, TimeState()
-    place: TimeState = state.tbptt
-
-    def begin_data(engine: Engine, iter_counter: int = 0) -> None:
-        if place.batch_in_epoch:  # otherwise the epoch has just begun, and its handlers may have set a state
-            state.hidden = None
-        place.data_position = 0
-
-    def begin_epoch(engine: Engine) -> None:
-        place.batch_in_epoch = 0
-        if place.resume_data_at is None:
-            state.hidden = None
-            return
-        if state.iteration % (state.epoch_length or state.iteration + 1) == 0:
-            state.hidden = None
-        else:
-            place.batch_in_epoch = state.iteration % (state.epoch_length or state.iteration + 1)
-        _resume_data(engine, stateful)
-
-    def draw_batch(engine: Engine) -> None:
-        place.data_position += 1
-        place.batch_in_epoch += 1
-
-    engine.add_event_handler(Events.STARTED, begin_data)
-    engine.add_event_handler(Events.EPOCH_STARTED, begin_epoch)
-    engine.add_event_handler(Events.GET_BATCH_COMPLETED, draw_batch)
-    engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, begin_data)
-    engine.add_event_handler(Events.TERMINATE_SINGLE_EPOCH, begin_data)
-    return place
-
-
-def _resume_data(engine: Engine, stateful: bool) -> None:
-    state: Any = engine.state
-    place: TimeState = state.tbptt
-    data, position = state.dataloader, place.resume_data_at or 0
-    place.resume_data_at = None
-    if hasattr(data, "__len__"):
-        position %= len(data)
-    place.data_position = position
-    if not position or isinstance(engine, DeterministicEngine):  # that one skips what it has seen by itself
-        return
-    if hasattr(data, "resume_at"):
-        data.resume_at(position)
-    elif stateful and data is not None and not isinstance(data, Iterator) and not hasattr(data, "load_state_dict"):
-        warnings.warn(
-            f"a stateful run goes on at iteration {state.iteration}, after batch {position} of its data, but the data "
-            f"({type(data).__name__}) begin anew: the carried hidden state meets batches that it does not belong to. "
-            "Give data with resume_at(batch), as ContiguousStreams has, an iterator that is already there, or "
-            "deterministic=True.",
-            UserWarning,
-            stacklevel=2,
+    if counted != batch_in_epoch:
+        warn(
+            f"the checkpoint is of a run in which an epoch was cut short: it was at batch {counted} of its epoch, and "
+            f"Ignite counts {batch_in_epoch}. The data go on where they were, but this epoch ends elsewhere than it "
+            "would have."
         )
 
 

@@ -1,7 +1,7 @@
 """How far back to back-propagate: from measured gradient norms to the bias of every truncation.
 
 Pure arithmetic on the norms phi_k = E||dL_s / dh_{s-k}||, k = 1, 2, ...: a geometric law is fitted to their tail, what
-a truncation leaves out is added up, and the shortest one within a tolerance is named. `gradient_horizon` measures them.
+a truncation leaves out is added up, and the shortest one within a tolerance is named. `horizon` measures them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class GradientDecay:
         fit_from: first lag of the tail that the rate is fitted to; None for the second half.
 
     Raises:
-        ValueError: there are fewer than two lags, a norm is negative, all are 0, or `fit_from` leaves fewer than two.
+        ValueError: there are fewer than two lags, a norm is negative or NaN, all are 0, or `fit_from` leaves too few.
 
     Source: Aicher, Foti and Fox, Adaptively Truncating Backpropagation Through Time to Control Gradient Bias, UAI 2019,
     arXiv:1905.07473, section 3.
@@ -53,8 +54,9 @@ class GradientDecay:
     def __post_init__(self) -> None:
         if len(self.phi) < 2:
             raise ValueError(f"phi must have two lags at least to show a decay, got {len(self.phi)}.")
-        if any(norm < 0 for norm in self.phi):
-            raise ValueError(f"phi must hold norms, which are not negative, got {min(self.phi)}.")
+        wrong = [norm for norm in self.phi if not norm >= 0]
+        if wrong:
+            raise ValueError(f"phi must hold norms, which are not negative, got {wrong[0]}.")
         if not any(self.phi):
             raise ValueError(
                 "the loss does not depend on the hidden state: all gradients are 0. The model ignores the state that "
@@ -163,6 +165,27 @@ class GradientDecay:
             longest *= 2
         return bisect_left(range(longest), True, lo=1, key=lambda steps: self.chunk_bias(steps) < tolerance)
 
+    def plot(self, tolerance: float = 0.5) -> Any:
+        """Draw the decay with its fit, the relative bias of every K, and what is recommended for `tolerance`.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed; the extra ``plot`` brings it.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "GradientHorizon draws with matplotlib, which is not installed: pip install 'ignite-tbptt[plot]'."
+            ) from error
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw_decay(left, self)
+        _draw_bias(right, self, tolerance)
+        return figure
+
     @cached_property
     def _left_out_up_to(self) -> list[float]:
         """The sum of E(0), ..., E(K) for K = 0, ..., the last lag."""
@@ -184,3 +207,39 @@ def _exp(exponent: float) -> float:
         return math.exp(exponent)
     except OverflowError:
         return math.inf
+
+
+def _draw_decay(axes: Any, decay: GradientDecay) -> None:
+    lags = range(1, len(decay.phi) + 1)
+    axes.plot(lags, decay.phi, label="measured")
+    if decay.deviation is not None:
+        band = [(norm - 2 * error, norm + 2 * error) for norm, error in zip(decay.phi, decay.deviation, strict=True)]
+        floor = min((norm for norm in decay.phi if norm > 0), default=1.0) / 10  # the axis is logarithmic
+        lower, upper = [max(low, floor) for low, _ in band], [high for _, high in band]
+        axes.fill_between(lags, lower, upper, alpha=0.3, label="2 standard errors")
+    tail = range(max(1, decay.tail_start), len(decay.phi) + 1)
+    axes.plot(tail, [decay.fitted(lag) for lag in tail], "--", label=f"fit: {decay.rate:.4g} a step")
+    axes.set(xlabel="k, steps back", ylabel=r"$\|dL_s / dh_{s-k}\|$", yscale="log", title="decay of the gradient")
+    axes.legend()
+
+
+def _draw_bias(axes: Any, decay: GradientDecay, tolerance: float) -> None:
+    lags = len(decay.phi)
+    found = [
+        (decay.recommended(tolerance), decay.relative_bias, "K steps back from each loss", "tab:blue"),
+        (decay.recommended_chunk(tolerance), decay.chunk_bias, "chunks of K steps", "tab:orange"),
+    ]
+    last = max([lags, *(min(number, 10 * lags) for number, *_ in found if number is not None)])
+    largest = 1.0
+    for number, bias, name, color in found:
+        biases = [bias(steps) for steps in range(1, last + 1)]
+        axes.plot(range(1, last + 1), biases, color=color, label=f"{name}: {number or 'no bound'}")
+        if number is not None:
+            axes.axvline(number, color=color, linestyle=":")
+            largest = max(largest, biases[0])
+    axes.axhline(tolerance, color="black", linestyle=":", label=f"tolerance {tolerance:g}")
+    axes.set(xlabel="K", ylabel="relative bias, at most", yscale="log", title="bias of the truncation")
+    axes.set_xlim(0, last + 1)
+    # Far below the tolerance there is nothing to decide; above the curves is room for the legend.
+    axes.set_ylim(tolerance / 100, 30 * max(largest, tolerance))
+    axes.legend(loc="upper right")

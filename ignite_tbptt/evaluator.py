@@ -13,12 +13,13 @@ import torch
 from ignite.engine import Engine
 from ignite.metrics import Loss, MeanAbsoluteError, MeanPairwiseDistance, MeanSquaredError, Metric
 
-from ignite_tbptt.checkpoint import track_position
-from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, WindowEngine, fire, register_time_events, stop_requested
+from ignite_tbptt.checkpoint import TimeEngine
+from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, fire, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, call_model, check_layout, count_steps, prepare_batch, unchanged
 from ignite_tbptt.hidden import HiddenCarry, warn_if_bidirectional
 from ignite_tbptt.output import BatchOutput
 from ignite_tbptt.policies import as_policy, check_steps
+from ignite_tbptt.position import track_position
 from ignite_tbptt.sequence import SplitBatch, split_sequence
 from ignite_tbptt.truncation import plan_windows
 from ignite_tbptt.warn import warn
@@ -72,6 +73,7 @@ class TbpttEvaluationStep:
             if stop_requested(engine):
                 break
         hidden.leave()
+        state.tbptt.inside_batch = False
         state.counted_steps = output.weight
         return output.result()
 
@@ -127,7 +129,7 @@ def create_supervised_tbptt_evaluator(
     model_transform: Callable[[Any], Any] = unchanged,
     model_fn: Callable[[Any, Any, Any], Any] = call_model,
     amp_mode: str | None = None,
-    stateful: bool = False,
+    stateful: bool | str = False,
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
@@ -167,7 +169,7 @@ def create_supervised_tbptt_evaluator(
         model_transform: maps y_pred to what the metrics take.
         model_fn: ``model_fn(model, x, hidden)`` calls a model that is not called ``model(x, hidden)``.
         amp_mode: "amp" for ``torch.autocast``.
-        stateful: carry the hidden state from batch to batch of an epoch.
+        stateful: carry the hidden state from batch to batch of an epoch; as for `create_supervised_tbptt_trainer`.
         initial_hidden: ``initial_hidden(x)`` returns the state that sequences start with.
         split_batch: as for `create_supervised_tbptt_trainer`.
         loss_weight: ``loss_weight(x, y)`` returns how many time steps of a chunk count, in any unit, when there is
@@ -204,9 +206,9 @@ def create_supervised_tbptt_evaluator(
             if dim != 0 and output_transform is not time_steps_as_samples and _counts_rows(metric, loss_weight)
         ),
     )
-    engine = WindowEngine(step)
+    engine = TimeEngine(step, {"dim": dim, "stateful": stateful})
     register_time_events(engine, Tbptt_Events.TIME_ITERATION_STARTED, Tbptt_Events.TIME_ITERATION_COMPLETED)
-    engine.state.tbtt_step = tbtt_step  # type: ignore[attr-defined]
+    engine.state.tbtt_step = tbtt_step
     track_position(engine, stateful).weighs_losses = loss_weight is not None
     for name, metric in metrics.items():
         metric.attach(engine, name, usage=EpochTimeWise())

@@ -178,11 +178,15 @@ def warn_if_bidirectional(model: Any) -> None:
 class HiddenCarry:
     """How hidden states are carried; the arguments are those of the trainer's and the evaluator's factories."""
 
-    stateful: bool
+    stateful: bool | str
     initial_hidden: Callable[[Any], Any] | None
     dim: int
     amp_mode: str | None
     detach: Callable[[Any], Any] = detach_hidden
+
+    def __post_init__(self) -> None:
+        if self.stateful not in (False, True, "data"):
+            raise ValueError(f"stateful must be False, True or 'data', got {self.stateful!r}.")
 
     def through(self, state: Any, plan: Plan, cut: Cut) -> HiddenThroughBatch:
         """Begin the batch that `cut` cuts.
@@ -190,11 +194,8 @@ class HiddenCarry:
         Raises:
             ValueError: the batch has another number of rows than the one that left the carried state.
         """
-        if not self.stateful:
-            state.hidden = None
-            return HiddenThroughBatch(self, state, plan, None)
-        rows = count_rows(cut, self.dim, plan.length)
-        if state.hidden is not None:
+        rows = count_rows(cut, self.dim, plan.length) if self.stateful else None
+        if state.hidden is not None and state.hidden is state.tbptt.left:
             _check_rows(rows, state.tbptt.rows)
         return HiddenThroughBatch(self, state, plan, rows)
 
@@ -272,7 +273,7 @@ class HiddenThroughBatch:
         """End the batch, or leave it because of an exception: the state stays, its graph goes."""
         hidden = nest.map_tensors(torch.Tensor.detach, self._state.hidden)
         self._state.hidden = hidden if self._carry.amp_mode is None else restore_precision(hidden)
-        self._state.tbptt.rows = self._rows
+        self._state.tbptt.left, self._state.tbptt.rows = self._state.hidden, self._rows
 
     def _hand_over(self, hidden: Any) -> None:
         self._state.hidden = hidden

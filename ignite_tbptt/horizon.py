@@ -1,27 +1,32 @@
 """How far gradients reach back in the model in training, measured beside it.
 
 `GradientHorizon` measures and reports; what the measured norms mean is the arithmetic of `GradientDecay`, and
-`AdaptiveTruncation` acts on it. A measurement leaves no trace: parameters, their gradients, buffers, random numbers and
-the carried state are what they were, so a run with it ends in the same weights as one without.
+`AdaptiveTruncation` acts on it. Parameters, their gradients, buffers, attributes, random numbers, the batch and the
+carried state are put back after a measurement, so a run with it ends in the same weights as one without; a warning says
+where that cannot be (see `model_state`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ignite_tbptt import nest
 from ignite_tbptt.decay import GradientDecay, require_tolerance
 from ignite_tbptt.hidden import detach_hidden, device_of, move_hidden, restore_precision
+from ignite_tbptt.model_state import ModelState
 from ignite_tbptt.optimization import checked_loss
-from ignite_tbptt.recompute import buffers_of, buffers_set_to
+from ignite_tbptt.random_streams import RandomStreams
+from ignite_tbptt.recompute import OUT_OF_REACH, alike, fingerprint
 from ignite_tbptt.sequence import Cut
 from ignite_tbptt.truncation import require_steps
+from ignite_tbptt.warn import warn
 
 _MEASURING = "the measurement of the gradient horizon"
 
@@ -44,10 +49,12 @@ class GradientHorizon:
     many-to-one tasks, the window lies there. `engine.state.gradient_decay_rate` and `engine.state.gradient_horizon`
     (infinity where gradients do not decay) are there for loggers, as
     ``OutputHandler("horizon", state_attributes=["gradient_decay_rate", "gradient_horizon"])``. It costs about
-    `samples` times the backward of `window` steps, and their memory. `prepare_batch` and hooks of the model are called
-    for its steps as well. Ranks take the mean of what they measure, so that they get the same recommendation.
+    `samples` times the backward of `window` steps, their memory, and a copy of the weights. `prepare_batch` and hooks
+    of the model are called for its steps as well. Ranks take the mean of what they measure, so that they get the same
+    recommendation.
 
     Attributes:
+        listeners: what is called after every measurement at the event; see `on_measured`.
         batch_steps: time steps of the batch that was measured last, of the shortest where ranks differ.
 
     Args:
@@ -78,9 +85,10 @@ class GradientHorizon:
             )
         self.window, self.samples, self.tolerance, self.fit_from = window, samples, tolerance, fit_from
         self.engine: Engine | None = None
+        self._handle: Any = None
         self.batch_steps = 0
         self._decay: GradientDecay | None = None
-        self._listeners: list[Callable[[Engine], None]] = []
+        self.listeners: list[Callable[[Engine], None]] = []
 
     @property
     def decay(self) -> GradientDecay:
@@ -131,45 +139,78 @@ class GradientHorizon:
             )
         self.engine = engine
         engine.state.gradient_decay_rate = engine.state.gradient_horizon = math.nan  # type: ignore[attr-defined]
-        engine.add_event_handler(event, self._measure_and_tell)
+        self._handler = self._measure_and_tell  # one object: Ignite refers to it weakly
+        self._handle = engine.add_event_handler(event, self._handler)
+
+    def detach(self, engine: Engine) -> None:
+        """Measure no more at the event; nothing happens where the horizon is not attached to `engine`."""
+        if self.engine is engine and self._handle is not None:
+            self._handle.remove()
+            self.engine = self._handle = None
 
     def on_measured(self, listener: Callable[[Engine], None]) -> None:
         """Call `listener(engine)` after every measurement at the event."""
-        self._listeners.append(listener)
+        self.listeners.append(listener)
 
     def _measure_and_tell(self, engine: Engine) -> None:
-        self.measure(engine)
+        if not self._measured(engine):
+            warn(
+                "a measurement of the gradient horizon was discarded, because gradients were NaN: look for NaN in the "
+                "batch and the weights."
+            )
+            return
         state: Any = engine.state
         state.gradient_decay_rate = self.decay.rate
         state.gradient_horizon = math.inf if self.recommended is None else self.recommended
-        for listener in self._listeners:
+        for listener in list(self.listeners):
             listener(engine)
 
     def measure(self, engine: Engine) -> GradientDecay:
         """Measure on the batch in hand, keep the result as `decay` and return it.
 
         Raises:
-            ValueError: as the class says.
-            RuntimeError: as the class says.
+            ValueError: as the class says, or a gradient is NaN; `decay` is then what it was.
+            RuntimeError: as the class says, or inference mode is on, or the model keeps something that cannot be put
+                back.
         """
-        step = _training_step(engine)
-        ranks = step.ranks
-        with _no_trace(step.forward.model, step.loss_fn), torch.enable_grad():
-            length, cut = ranks.all_or_none(_MEASURING, lambda: self._split(step, engine.state))
+        if not self._measured(engine):
+            raise ValueError(
+                "the gradients are NaN, so there is no horizon to measure: look for NaN in the batch and the weights."
+            )
+        return self.decay
+
+    def _measured(self, engine: Engine) -> bool:
+        """Measure, and return whether there was anything but NaN."""
+        step, state = _training_step(engine), engine.state
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "the gradient horizon is measured by gradients, which torch.inference_mode() does not allow: call "
+                "measure(engine) outside of it."
+            )
+        forward, ranks = step.forward, step.ranks
+        callables = (forward.model_fn, forward.model_transform, forward.prepare_batch, step.loss_fn, step.loss_weight)
+        data = (state.batch, getattr(state, "hidden", None))
+        with (
+            _no_trace(forward.model, *callables, step.split_batch, step.carry.initial_hidden, *data) as rewind,
+            torch.enable_grad(),
+        ):
+            length, cut = ranks.all_or_none(_MEASURING, lambda: self._split(step, state))
             shortest = int(min(ranks.gather(length)))  # the same on all ranks, so that they take the same turns
+            ranks.all_or_none(_MEASURING, lambda: _check_rewinding(step, cut, state, rewind))
             states, losses = ranks.all_or_none(
-                _MEASURING, lambda: self._run(step, cut, 0, lambda x: _first_state(step.carry, engine.state, x))
+                _MEASURING, lambda: self._run(step, cut, 0, lambda x: _first_state(step.carry, state, x))
             )
             if shortest > self.window and not any(ranks.gather(len(losses))):
-                states, losses = ranks.all_or_none(
-                    _MEASURING, lambda: self._run_at_the_end(step, cut, length, engine.state)
-                )
+                rewind()
+                states, losses = ranks.all_or_none(_MEASURING, lambda: self._run_at_the_end(step, cut, length, state))
             norms = ranks.all_or_none(_MEASURING, lambda: self._sampled_norms(states, losses))
         error = norms.std(0) / math.sqrt(len(norms)) if len(norms) > 1 else torch.full_like(norms[0], math.nan)
         phi, variance = ranks.mean(norms.mean(0)), ranks.mean(error.square()) / ranks.count
+        if phi.isnan().any():
+            return False
         deviation = None if variance.isnan().any() else variance.sqrt().tolist()
         self._decay, self.batch_steps = GradientDecay(phi.tolist(), deviation, self.fit_from), shortest
-        return self._decay
+        return True
 
     def _split(self, step: Any, state: Any) -> tuple[int, Cut]:
         length, cut = step.split_batch(state.batch, step.carry.dim)
@@ -182,9 +223,12 @@ class GradientHorizon:
 
     def _run(
         self, step: Any, cut: Cut, start: int, first_state: Callable[[Any], Any]
-    ) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
-        """Run the window step by step; return the state behind each step and the sampled losses with their places."""
-        states: list[list[torch.Tensor]] = []
+    ) -> tuple[list[list[GradientEdge]], list[tuple[int, Any]]]:
+        """Run the window step by step; return the state behind each step and the sampled losses with their places.
+
+        A state is kept as its place in the graph, which stays where the model writes into the tensor afterwards.
+        """
+        states: list[list[GradientEdge]] = []
         losses: list[tuple[int, Any]] = []
         hidden: Any = None
         for place in range(self.window):
@@ -192,7 +236,7 @@ class GradientHorizon:
             if place == 0:
                 hidden = first_state(x)
             y_pred, hidden = step.forward.predict(x, hidden)
-            states.append([tensor for tensor in nest.tensors(hidden) if tensor.requires_grad])
+            states.append([get_gradient_edge(tensor) for tensor in nest.tensors(hidden) if tensor.requires_grad])
             if not states[-1]:
                 raise ValueError(
                     "the model carries no hidden state that a gradient goes through, so there is no horizon to "
@@ -206,7 +250,7 @@ class GradientHorizon:
 
     def _run_at_the_end(
         self, step: Any, cut: Cut, length: int, state: Any
-    ) -> tuple[list[list[torch.Tensor]], list[tuple[int, Any]]]:
+    ) -> tuple[list[list[GradientEdge]], list[tuple[int, Any]]]:
         """Bring the state forward without a graph, in chunks as long as the window, and run the last window."""
         start, hidden = length - self.window, None
         with torch.no_grad():
@@ -217,7 +261,7 @@ class GradientHorizon:
                 _, hidden = step.forward.predict(x, hidden)
         return self._run(step, cut, start, lambda x: detach_hidden(hidden))
 
-    def _sampled_norms(self, states: list[list[torch.Tensor]], losses: list[tuple[int, Any]]) -> torch.Tensor:
+    def _sampled_norms(self, states: list[list[GradientEdge]], losses: list[tuple[int, Any]]) -> torch.Tensor:
         """Return the norms of the gradients, a row for each loss."""
         if not losses:
             raise ValueError(
@@ -228,14 +272,14 @@ class GradientHorizon:
             )
         return torch.stack([self._norms(loss, states[:place]) for place, loss in losses])
 
-    def _norms(self, loss: Any, earlier: list[list[torch.Tensor]]) -> torch.Tensor:
+    def _norms(self, loss: Any, earlier: list[list[GradientEdge]]) -> torch.Tensor:
         """Return the norms of the gradients for the states before `loss`, the latest first."""
         wanted = earlier[-1 : -(self.window - self.samples) - 1 : -1]
-        flat = [tensor for tensors in wanted for tensor in tensors]
+        flat = [edge for edges in wanted for edge in edges]
         gradients = iter(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True))
         squares = []
-        for tensors in wanted:
-            parts = [gradient for gradient in (next(gradients) for _ in tensors) if gradient is not None]
+        for edges in wanted:
+            parts = [gradient for gradient in (next(gradients) for _ in edges) if gradient is not None]
             squares.append(sum(float(part.double().square().sum()) for part in parts))
         return torch.tensor(squares, dtype=torch.float64).sqrt()
 
@@ -249,54 +293,7 @@ class GradientHorizon:
             ModuleNotFoundError: matplotlib is not installed; the extra ``plot`` brings it.
             RuntimeError: nothing has been measured yet.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "GradientHorizon draws with matplotlib, which is not installed: pip install 'ignite-tbptt[plot]'."
-            ) from error
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        self._draw_decay(left)
-        self._draw_bias(right)
-        return figure
-
-    def _draw_decay(self, axes: Any) -> None:
-        decay = self.decay
-        lags = range(1, len(decay.phi) + 1)
-        axes.plot(lags, decay.phi, label="measured")
-        if decay.deviation is not None:
-            band = [
-                (norm - 2 * error, norm + 2 * error) for norm, error in zip(decay.phi, decay.deviation, strict=True)
-            ]
-            floor = min((norm for norm in decay.phi if norm > 0), default=1.0) / 10  # the axis is logarithmic
-            lower, upper = [max(low, floor) for low, _ in band], [high for _, high in band]
-            axes.fill_between(lags, lower, upper, alpha=0.3, label="2 standard errors")
-        tail = range(max(1, decay.tail_start), len(decay.phi) + 1)
-        axes.plot(tail, [decay.fitted(lag) for lag in tail], "--", label=f"fit: {decay.rate:.4g} a step")
-        axes.set(xlabel="k, steps back", ylabel=r"$\|dL_s / dh_{s-k}\|$", yscale="log", title="decay of the gradient")
-        axes.legend()
-
-    def _draw_bias(self, axes: Any) -> None:
-        decay, lags = self.decay, len(self.decay.phi)
-        found = [
-            (self.recommended, decay.relative_bias, "K steps back from each loss", "tab:blue"),
-            (self.recommended_chunk, decay.chunk_bias, "chunks of K steps", "tab:orange"),
-        ]
-        last = max([lags, *(min(number, 10 * lags) for number, *_ in found if number is not None)])
-        largest = 1.0
-        for number, bias, name, color in found:
-            biases = [bias(steps) for steps in range(1, last + 1)]
-            axes.plot(range(1, last + 1), biases, color=color, label=f"{name}: {number or 'no bound'}")
-            if number is not None:
-                axes.axvline(number, color=color, linestyle=":")
-                largest = max(largest, biases[0])
-        axes.axhline(self.tolerance, color="black", linestyle=":", label=f"tolerance {self.tolerance:g}")
-        axes.set(xlabel="K", ylabel="relative bias, at most", yscale="log", title="bias of the truncation")
-        axes.set_xlim(0, last + 1)
-        # Far below the tolerance there is nothing to decide; above the curves is room for the legend.
-        axes.set_ylim(self.tolerance / 100, 30 * max(largest, self.tolerance))
-        axes.legend(loc="upper right")
+        return self.decay.plot(self.tolerance)
 
 
 def _training_step(engine: Engine) -> Any:
@@ -319,18 +316,48 @@ def _first_state(carry: Any, state: Any, x: Any) -> Any:
 
 
 @contextmanager
-def _no_trace(*candidates: Any) -> Iterator[None]:
-    """Run modules in training mode and leave random numbers, buffers and modes as they were."""
-    modules = [module for module in candidates if isinstance(module, torch.nn.Module)]
-    modes = [(child, child.training) for module in modules for child in module.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(buffers_set_to(buffers_of(*modules)))
-        try:
-            for module in modules[:1]:  # the model, as the trainer does
-                module.train()
-            yield
-        finally:
-            for child, training in modes:
-                child.training = training
+def _no_trace(model: Any, *others: Any) -> Iterator[Callable[[], None]]:
+    """Run a block in training mode and put back random numbers, parameters, buffers, attributes, modes and data.
+
+    Yields:
+        What puts everything back in the middle of the block.
+    """
+    state, streams = ModelState.of(model, *others, parameters=True), RandomStreams.now()
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    modes = [module.training for module in modules]  # of wrappers, too, which a snapshot does not enter
+    if state.lazy:
+        raise ValueError(
+            f"the model has lazy parameters, {', '.join(state.lazy)}, whose shapes its first forward decides: call the "
+            "model once before the horizon is measured."
+        )
+
+    def rewind() -> None:
+        streams.restore()
+        state.restore()
+        if isinstance(model, torch.nn.Module):
+            model.train()
+
+    try:
+        rewind()
+        yield rewind
+    finally:
+        streams.restore()
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
+        state.restore()
+
+
+def _check_rewinding(step: Any, cut: Cut, state: Any, rewind: Callable[[], None]) -> None:
+    """Warn where the first step gives something else the second time, so that a measurement leaves a trace."""
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            x, _ = step.forward.prepare(cut(0, 1))
+            found.append(fingerprint(step.forward.predict(x, _first_state(step.carry, state, x))))
+        rewind()
+    if not alike(*found):
+        warn(
+            "the model gave other values when a time step was run again from where it had started: it keeps a state, "
+            f"or draws random numbers, where they cannot be put back ({OUT_OF_REACH}). The measurement of the gradient "
+            "horizon changes the run."
+        )

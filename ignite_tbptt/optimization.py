@@ -270,6 +270,7 @@ class OptimizerStep:
             if gradients_ready is not None and not gradients_ready():
                 return False
             self.optimizer.step()
+            torch.clear_autocast_cache()  # of an autocast around the run, whose casts are those of the old weights
             return True
         self.scaler.unscale_(self.optimizer)
         scale_before = self.scaler.get_scale()
@@ -277,6 +278,7 @@ class OptimizerStep:
             if gradients_ready is not None and not gradients_ready():
                 return False
             self.scaler.step(self.optimizer)
+            torch.clear_autocast_cache()
         finally:
             # Also when no step is taken or a handler raises: a scaler left unscaled refuses the next unscale_().
             self.scaler.update()

@@ -81,7 +81,9 @@ class SlidingTruncation:
 
     Williams and Peng's BPTT(h; h') with h = k2 and h' = k1, also known as TBPTT(k1, k2). The k2 - k1 steps before the
     new ones are run again, from the state that was reached there, without a loss: weights that have been stepped since
-    cannot be back-propagated through, so chained graphs are no way. Every loss sees at least k2 - k1 steps back, where
+    cannot be back-propagated through, so chained graphs are no way. Buffers count them again: with k2 = 2 k1, batch
+    normalisation updates its statistics 11 times for 6 windows. A model that keeps a state on itself is refused, since
+    only the hidden state that it returns is rewound. Every loss sees at least k2 - k1 steps back, where
     in chunks of k2 some see none. The cost is k2 / k1 steps of the model for one step of the sequence.
 
     Example:

@@ -7,6 +7,7 @@ every batch holds the next steps of every row; so row i of a batch begins where 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -96,6 +97,7 @@ class ContiguousStreams:
             )
         self.rows, self.steps, self.dim = rows, steps, dim
         self._laid_out = nest.map_tensors(lambda tensor: self._lay_out(tensor, rank), data)
+        self._checksum = _checksum(data)
         self._next_start = 0
 
     def _lay_out(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -119,12 +121,23 @@ class ContiguousStreams:
             raise ValueError(f"batch must be one of the {len(self)} batches of an epoch, got {batch}.")
         self._next_start = batch
 
+    def fingerprint(self) -> dict[str, int]:
+        """Return what two streams have in common if batch number i is the same in both: rows, steps, length, checksum.
+
+        The checksum is that of a sample of the data, as they were when the streams were made. The trainer keeps the
+        fingerprint in its state dict, and refuses to go on inside of other data.
+        """
+        return {"rows": self.rows, "steps": self.steps, "row_length": self.row_length, "checksum": self._checksum}
+
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the batches of an epoch."""
         first, self._next_start = self._next_start, 0
-        return (self._batch(index) for index in range(first, len(self)))
+        return (self[index] for index in range(first, len(self)))
 
-    def _batch(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:
+        """Return batch number `index` of the epoch, for ``DataLoader(streams, batch_size=None)``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be one of the {len(self)} batches of an epoch, got {index}.")
         start = index * self.steps
         steps = min(self.steps, self.row_length - start)
         return nest.map_tensors(lambda tensor: tensor.narrow(self.dim, start, steps), self._laid_out)
@@ -148,3 +161,12 @@ def _common_length(data: Any) -> int:
         listing = ", ".join(f"{name} has {length}" for name, length in lengths.items()) or "there is no tensor"
         raise ValueError(f"the tensors of data must have the same number of time steps: {listing}.")
     return next(iter(lengths.values()))
+
+
+def _checksum(data: Any, samples: int = 4096) -> int:
+    checksum = 0
+    for tensor in nest.tensors(data):
+        places = torch.linspace(0, tensor.numel() - 1, min(samples, tensor.numel()), dtype=torch.float64).long()
+        sample = tensor.detach()[torch.unravel_index(places.to(tensor.device), tensor.shape)].cpu()
+        checksum = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), checksum)
+    return checksum

@@ -13,7 +13,7 @@ from ignite_tbptt.hidden import HiddenCarry, detach_hidden, warn_if_bidirectiona
 from ignite_tbptt.optimization import OptimizerStep, as_accumulation, reduction_of
 from ignite_tbptt.policies import check_tbtt_step, warn_if_normalised
 from ignite_tbptt.ranks import Ranks
-from ignite_tbptt.recompute import Recompute
+from ignite_tbptt.recompute import Recompute, RerunCheck
 from ignite_tbptt.sequence import SplitBatch, split_sequence
 from ignite_tbptt.training_step import TbpttTrainingStep, loss_item
 from ignite_tbptt.truncation import TruncationPolicy
@@ -41,7 +41,7 @@ def supervised_tbptt_training_step(
     gradient_accumulation_steps: int | str = 1,
     amp_mode: str | None = None,
     scaler: Any = None,
-    stateful: bool = False,
+    stateful: bool | str = False,
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
@@ -87,7 +87,8 @@ def supervised_tbptt_training_step(
         output_transform=output_transform,
         split_batch=split_batch,
         carry=HiddenCarry(stateful, initial_hidden, dim, amp_mode, _detach),
-        recompute=Recompute(model, loss_fn) if checkpoint_segments else None,
+        recompute=Recompute(model, loss_fn, model_fn, model_transform) if checkpoint_segments else None,
+        check_rerun=RerunCheck(model, loss_fn, model_fn, model_transform),
     )
 
 
@@ -108,7 +109,7 @@ def create_supervised_tbptt_trainer(
     amp_mode: str | None = None,
     scaler: Any = False,
     deterministic: bool = False,
-    stateful: bool = False,
+    stateful: bool | str = False,
     initial_hidden: Callable[[Any], Any] | None = None,
     split_batch: SplitBatch = split_sequence,
     loss_weight: Callable[[Any, Any], Any] | None = None,
@@ -172,7 +173,8 @@ def create_supervised_tbptt_trainer(
         scaler: a ``torch.amp.GradScaler``, or True to have one made, as `engine.state.scaler`.
         deterministic: make the engine a `DeterministicEngine`, which resumes with its random streams.
         stateful: carry the hidden state from batch to batch of an epoch: row i of a batch goes on where row i of the
-            one before ended (`ContiguousStreams`). It is reset where an epoch starts and where the data begin anew. The
+            one before ended (`ContiguousStreams`). It is reset where an epoch starts and where the data begin anew;
+            with "data" only where the data begin anew, for endless data whose epochs are evaluation intervals. The
             carried state is in the trainer's state dict, for the rows of this rank: on several ranks let each save its
             own (`Checkpoint`'s save_on_rank).
         initial_hidden: ``initial_hidden(x)`` returns the state that sequences start with, x being the first chunk.
@@ -184,10 +186,10 @@ def create_supervised_tbptt_trainer(
             not computed, no step is taken for it alone, and its output is None.
         checkpoint_segments: keep of each segment only its inputs and the state it starts from, and run it again for
             its gradient: the activations of one segment at a time, for one more forward pass. The result is the same,
-            random numbers and buffers included, but for the order in which gradients are summed. For windows of many
-            segments, as `FullBackpropagation` has them. Segments that lead to anything but parameters of `model` and
-            `loss_fn`, or to parameters with hooks, are left to ``torch.utils.checkpoint``, which takes longer. A
-            second run that gives something else, because the model keeps a state of its own, raises RuntimeError.
+            random numbers, buffers and attributes included, but for the order in which gradients are summed. For
+            windows of many segments, as `FullBackpropagation` has them. Segments that lead to anything but parameters
+            of `model` and `loss_fn`, or to parameters with hooks, are left to ``torch.utils.checkpoint``, which takes
+            longer. A second run that gives other values, from a state out of reach, raises RuntimeError.
 
     Returns:
         The engine.
@@ -204,6 +206,8 @@ def create_supervised_tbptt_trainer(
         `terminate()` and `terminate_epoch()` end the windows after the one in hand, `interrupt()` after the batch.
         For an exact resume save checkpoints at ITERATION_COMPLETED or later events: inside a batch there is no place
         to resume from.
+        Data may have ``resume_at(batch)``, called before they are iterated over in a resumed run, and
+        ``fingerprint()``, a dict of numbers and strings that must be the same there; `ContiguousStreams` has both.
 
     Source: Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network
     trajectories, Neural Computation 2 (1990) 490-501: BPTT(h; h') with h = h'.

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
-from ignite_tbptt.checkpoint import TimeEngine, TimeState, track_position
+from ignite_tbptt.checkpoint import TimeEngine
 from ignite_tbptt.events import Tbptt_Events, fire, fire_and_ask, has_listeners, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, check_layout, count_steps
 from ignite_tbptt.hidden import HiddenCarry, HiddenThroughBatch, scale_gradient
+from ignite_tbptt.model_state import ModelState
 from ignite_tbptt.optimization import Accumulation, OptimizerStep, Reduction, SharedStep, checked_loss, zero_through
 from ignite_tbptt.output import BatchOutput
 from ignite_tbptt.policies import as_policy
+from ignite_tbptt.position import TimeState, track_position
 from ignite_tbptt.ranks import REFUSED, Ballot, Ranks, Stop
-from ignite_tbptt.recompute import Recompute
+from ignite_tbptt.recompute import Recompute, RerunCheck
 from ignite_tbptt.sequence import Cut, SplitBatch
 from ignite_tbptt.truncation import TruncationPolicy, Window, plan_windows
 from ignite_tbptt.warn import warn
@@ -89,6 +91,7 @@ class TbpttTrainingStep:
     output_transform: Callable[[Any, Any, Any, Any], Any]
     split_batch: SplitBatch
     carry: HiddenCarry
+    check_rerun: RerunCheck
     recompute: Recompute | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -101,7 +104,7 @@ class TbpttTrainingStep:
         register_time_events(engine, *Tbptt_Events)
         engine.state.tbtt_step = self.tbtt_step  # type: ignore[attr-defined]
         place = track_position(engine, self.carry.stateful)
-        place.step, place.shared_step = self, SharedStep()
+        place.step = self
         place.weighs_losses = self.loss_weight is not None
         for event in (Events.STARTED, Events.TERMINATE, Events.TERMINATE_SINGLE_EPOCH):
             engine.add_event_handler(event, _forget_shared_step)
@@ -131,7 +134,6 @@ class TbpttTrainingStep:
         plan = plan_windows(as_policy(state.tbtt_step), length, state.iteration)
         state.time_iterations_per_sequence = count = len(plan)
         batch = _Batch(cut, length, self.carry.through(state, plan, cut), BatchOutput())
-        place.inside_batch = True
         try:
             for number, window in enumerate(plan, 1):
                 if self._run_window(engine, batch, window, number == count):
@@ -171,6 +173,8 @@ class TbpttTrainingStep:
         if window[0] != first:  # a handler has set a state behind the window's first steps
             state.window_start, first = window[0].start, window[0]
             x, y = self.forward.prepare(batch.cut(first.start, first.stop - first.start))
+        if first.start < batch.hidden.end:
+            self.check_rerun(self._run_segment, x, y, batch.hidden.start(x), 0)
         shared: SharedStep = place.shared_step
         shared.windows += 1
         closes = self.accumulation.closes(shared.windows, is_last, is_last and _ends_epoch(state))
@@ -293,10 +297,21 @@ class TbpttTrainingStep:
         return y_pred, hidden, checked_loss(self.loss_fn(y_pred, y)) if count else None
 
     def _backward(self, loss: Any) -> None:
-        if self.ranks.count == 1:
-            self.step.backward(loss)
-        else:
-            self.ranks.backward(lambda: self.step.backward(loss))
+        try:
+            if self.ranks.count == 1:
+                self.step.backward(loss)
+            else:
+                self.ranks.backward(lambda: self.step.backward(loss))
+        except RuntimeError as error:
+            forward = self.forward
+            state = ModelState.of(forward.model, self.loss_fn, forward.model_fn, forward.model_transform)
+            if "backward through the graph a second time" not in str(error) or not state.graphs():
+                raise
+            raise RuntimeError(
+                f"the model keeps tensors with the graph of an earlier window: {', '.join(state.graphs())}. The "
+                "trainer detaches the hidden state that the model returns, and knows of no other: return it, (y_pred, "
+                "hidden), or detach it at Tbptt_Events.TIME_ITERATION_COMPLETED."
+            ) from error
 
     def _take_step(self, engine: Engine, correction: float, look: Callable[[Engine], bool] | None) -> bool:
         """Step on the gradients, unless a handler that looks at them asks to terminate.

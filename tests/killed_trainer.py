@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,18 +32,24 @@ class Dropped(Forecaster):
         return super().forward(self.dropout(x), hidden)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill-at", type=int, default=0, help="time iteration at which the process kills itself")
     parser.add_argument("--deterministic", action="store_true", help="with dropout and a deterministic engine")
-    arguments = parser.parse_args()
+    parser.add_argument("--endless", action="store_true", help="epochs of 4 batches, where the data have 6")
+    arguments = parser.parse_args(argv)
 
     torch.manual_seed(3)
     model = Dropped() if arguments.deterministic else Forecaster(nn.LSTM)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     trainer = create_supervised_tbptt_trainer(
-        model, optimizer, F.mse_loss, 4, stateful=True, deterministic=arguments.deterministic
+        model,
+        optimizer,
+        F.mse_loss,
+        4,
+        stateful="data" if arguments.endless else True,
+        deterministic=arguments.deterministic,
     )
     streams = ContiguousStreams((torch.randn(230, 3), torch.randn(230, 2)), rows=5, steps=9)
     to_save = {"trainer": trainer, "model": model, "optimizer": optimizer}
@@ -59,7 +66,8 @@ def main() -> None:
         Checkpoint.load_objects(to_save, torch.load(found[-1], weights_only=True))
         trainer.run(streams)
     else:
-        trainer.run(streams, max_epochs=3)
+        epochs = {"max_epochs": 4, "epoch_length": 4} if arguments.endless else {"max_epochs": 3}
+        trainer.run(streams, **epochs)
     torch.save({"weights": model.state_dict(), "counted": trainer.state.time_iteration}, arguments.folder / "final.pt")
 
 

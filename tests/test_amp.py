@@ -50,6 +50,30 @@ def test_bf16_on_cpu_is_the_loop_under_autocast(kind: Any) -> None:
     assert same(weights(model), weights(twin))
 
 
+def test_an_autocast_around_the_run_computes_with_the_weights_of_the_step_before() -> None:
+    """Autocast keeps its casts of the weights until it ends; by hand it ends in every iteration."""
+    losses: list[Any] = []
+    model, twin = seeded(Forecaster), seeded(Forecaster)
+    trainer = create_supervised_tbptt_trainer(model, sgd(model), F.mse_loss, 4)
+    trainer.add_event_handler(Tbptt_Events.TIME_ITERATION_COMPLETED, lambda e: losses.append(e.state.output))
+    with torch.autocast("cpu", torch.bfloat16):
+        trainer.run(batches(2))
+    optimizer = sgd(twin)
+    by_hand: list[float] = []
+    for x, y in batches(2):
+        hidden: Any = None
+        for x_t, y_t in zip(x.split(4), y.split(4), strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y_pred, hidden = twin(x_t, None if hidden is None else hidden.detach())
+                loss = F.mse_loss(y_pred, y_t)
+            loss.backward()
+            optimizer.step()
+            by_hand.append(loss.item())
+    assert losses == by_hand
+    assert same(weights(model), weights(twin))
+
+
 @pytest.mark.parametrize(
     ("device", "kind"),
     [

@@ -14,7 +14,10 @@ from ignite_tbptt import ContiguousStreams, FullBackpropagation
 from tests.helpers import Forecaster, seeded
 from tests.two_ranks import PADDED, STOPS, WHOLE, double_batches, padded_stream, stream, train
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

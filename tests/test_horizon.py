@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -199,24 +200,26 @@ def test_a_measurement_leaves_no_trace(event: Any) -> None:
 
 def test_a_stateful_trainer_is_measured_from_the_state_that_it_carries() -> None:
     model = seeded(lambda: nn.GRU(3, 2))
-    seen: list[Any] = []
+    seen = SimpleQueue[Any]()  # a list would be put back
     trainer = create_supervised_tbptt_trainer(
         model,
         sgd(model, 0.0),
         F.mse_loss,
         4,
         stateful=True,
-        model_fn=lambda model, x, hidden: seen.append(hidden) or model(x, hidden),  # type: ignore[func-returns-value]
+        model_fn=lambda model, x, hidden: seen.put(hidden) or model(x, hidden),  # type: ignore[func-returns-value]
     )
     horizon = GradientHorizon(8, samples=2)
 
     @trainer.on(Events.ITERATION_STARTED)
     def measure(engine: Engine) -> None:
-        seen.clear()
+        while not seen.empty():
+            seen.get()
         carried = engine.state.hidden  # type: ignore[attr-defined]
         horizon.measure(engine)
         assert engine.state.hidden is carried  # type: ignore[attr-defined]
-        assert seen[0] is None if carried is None else torch.equal(seen[0], carried)
+        first = seen.get()
+        assert first is None if carried is None else torch.equal(first, carried)
 
     trainer.run(batches(2))
 
@@ -380,6 +383,7 @@ def test_a_horizon_out_of_range_is_refused(arguments: dict[str, Any], message: s
     [
         ({"phi": [1.0]}, "two lags at least"),
         ({"phi": [1.0, -0.5]}, "not negative, got -0.5"),
+        ({"phi": [1.0, math.nan]}, "not negative, got nan"),
         ({"phi": [0.0, 0.0]}, "does not depend on the hidden state"),
         ({"phi": [1.0, 0.5], "fit_from": 2}, r"fit_from must lie in \[1, 1\]"),
     ],

@@ -6,6 +6,7 @@ A release that renames one of them fails here by name, and not somewhere else as
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import DeterministicEngine, Engine, Events
 from ignite.metrics import Loss, MeanSquaredError
 from torch import nn
 
@@ -70,6 +71,12 @@ def ran() -> Engine:
     return engine
 
 
+def wrapped() -> Any:
+    engine = Engine(lambda engine, batch: batch)
+    engine.add_event_handler(Events.STARTED(once=1), print)
+    return engine._event_handlers[Events.STARTED][0][0]
+
+
 CANARIES: dict[str, Callable[[], Any]] = {
     # torch
     "_C": lambda: torch._C._are_functorch_transforms_active() is False and torch._C.DisableTorchFunction,
@@ -87,6 +94,7 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_is_replica": lambda: not hasattr(nn.Linear(1, 1), "_is_replica"),  # set by DataParallel on its copies
     "_is_view": lambda: torch.ones(2)[0]._is_view() is True,
     "_modules": lambda: list(nn.Sequential(nn.ReLU())._modules) == ["0"],
+    "_parent": lambda: wrapped()._parent() is print,
     "_orig_mod": lambda: isinstance(compiled()._orig_mod, nn.Linear),
     "_saved_rounding_mode": lambda: (
         torch.div(product(), 2, rounding_mode="floor").grad_fn._saved_rounding_mode == "floor"  # type: ignore[union-attr]
@@ -105,9 +113,14 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_dataloader_iter": lambda: ran()._dataloader_iter is None,
     "_event_handlers": lambda: not ran()._event_handlers.get(Events.STARTED.name),
     "_fire_event": lambda: callable(ran()._fire_event),
+    "_from_iteration": lambda: (
+        "self._from_iteration(iteration)" in inspect.getsource(DeterministicEngine._setup_engine)
+    ),
+    "_get_data_length": lambda: ran()._get_data_length([1, 2]) == 2,
     "_init_iter": lambda: ran()._init_iter is None,
     "_internal_run_generator": lambda: ran()._internal_run_generator is None,
     "_name_": lambda: Events.STARTED._name_ == "STARTED",
+    "_setup_engine": lambda: "self._setup_engine()" in inspect.getsource(Engine._internal_run_as_gen),
     "_output_transform": lambda: MeanSquaredError()._output_transform.__module__.startswith("ignite."),
     # Python
     "_fields": lambda: True,  # of named tuples; documented
@@ -156,6 +169,7 @@ def test_the_list_is_complete() -> None:
                 name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
                 if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
                     used[name] = path.name
-    ignite_own = {"_dataloader_iter", "_init_iter", "_internal_run_generator"}  # set on self, a subclass of Engine
+    # set on self, a subclass of Engine, or overridden there
+    ignite_own = {"_dataloader_iter", "_init_iter", "_internal_run_generator", "_setup_engine", "_from_iteration"}
     missing = {name: where for name, where in used.items() if name not in (own - ignite_own) | CANARIES.keys()}
     assert sorted(missing.items()) == []

@@ -70,6 +70,7 @@ def test_every_module_states_its_idea_and_its_examples_run(name: str) -> None:
     assert doctest.testmod(module).failed == 0
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_the_extras_and_says_which_one_is_missing() -> None:
     script = """
 import sys

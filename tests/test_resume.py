@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import random
 import signal
@@ -25,6 +27,7 @@ from ignite_tbptt import (
     Tbptt_Events,
     create_supervised_tbptt_trainer,
 )
+from tests import killed_trainer
 from tests.helpers import CustomCell, Forecaster, PairState, RecordState, batches, same, seeded, weights
 
 
@@ -47,23 +50,37 @@ class Run:
         data = torch.randn(150, 3, generator=generator), torch.randn(150, 2, generator=generator)
         self.streams = ContiguousStreams(data, rows=5, steps=7)
 
-    def checkpoint_at(self, iteration: int) -> dict[str, Any]:
-        """Train up to a batch, and on to the end; return what was saved there."""
-        saved: dict[str, Any] = {}
+    def checkpoints(self, epoch_length: int | None = None) -> dict[int, dict[str, Any]]:
+        """Train for 3 epochs; return what was saved after every batch, by its number."""
+        saved: dict[int, dict[str, Any]] = {}
+        parts = {"trainer": self.trainer, "model": self.model, "optimizer": self.optimizer}
 
-        @self.trainer.on(Events.ITERATION_COMPLETED(once=iteration))
-        def save() -> None:
-            parts = {"trainer": self.trainer, "model": self.model, "optimizer": self.optimizer}
-            saved.update(through_a_file({name: part.state_dict() for name, part in parts.items()}))
+        @self.trainer.on(Events.ITERATION_COMPLETED)
+        def save(engine: Any) -> None:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            saved[engine.state.iteration] = through_a_file(state)
 
-        self.trainer.run(self.streams, max_epochs=3)
+        self.trainer.run(self.streams, max_epochs=3, epoch_length=epoch_length)
         return saved
 
-    def resume(self, saved: dict[str, Any]) -> None:
+    def checkpoint_at(self, iteration: int) -> dict[str, Any]:
+        return self.checkpoints()[iteration]
+
+    def resume(self, saved: dict[str, Any], **kwargs: Any) -> None:
+        saved = copy.deepcopy(saved)  # an optimizer takes the tensors of its state as its own
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.trainer.load_state_dict(saved["trainer"])
-        self.trainer.run(self.streams)
+        self.trainer.run(self.streams, **kwargs)
+
+
+@functools.cache
+def uninterrupted(
+    make: Any = Run, epoch_length: int | None = None, **kwargs: Any
+) -> tuple[Run, dict[int, dict[str, Any]]]:
+    """Return a run that never was interrupted, and its checkpoints; it is made once for all tests that resume it."""
+    run: Run = make(**kwargs)
+    return run, run.checkpoints(epoch_length)
 
 
 CELLS: dict[str, Any] = {
@@ -77,9 +94,9 @@ CELLS: dict[str, Any] = {
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("iteration", [1, 4, 5, 6, 12, 14])  # an epoch has 5 batches
 def test_a_resumed_run_ends_with_the_same_bits(cell: str, iteration: int) -> None:
-    whole, resumed = Run(CELLS[cell]), Run(CELLS[cell])
-    saved = whole.checkpoint_at(iteration)
-    resumed.resume(saved)
+    whole, saved = uninterrupted(make=functools.partial(Run, CELLS[cell]) if CELLS[cell] else Run)
+    resumed = Run(CELLS[cell])
+    resumed.resume(saved[iteration])
     assert same(weights(whole.model), weights(resumed.model))
     assert resumed.trainer.state.time_iteration == whole.trainer.state.time_iteration
     assert resumed.trainer.state.optimizer_step == whole.trainer.state.optimizer_step
@@ -87,28 +104,25 @@ def test_a_resumed_run_ends_with_the_same_bits(cell: str, iteration: int) -> Non
 
 
 def test_the_carried_state_matters_to_that() -> None:
-    whole, resumed = Run(), Run()
-    saved = whole.checkpoint_at(4)
-    saved["trainer"]["tbptt"]["hidden"] = None
-    resumed.resume(saved)
+    (whole, saved), resumed = uninterrupted(), Run()
+    changed = copy.deepcopy(saved[4])
+    changed["trainer"]["tbptt"]["hidden"] = None
+    resumed.resume(changed)
     assert not same(weights(whole.model), weights(resumed.model))
 
 
-@pytest.mark.parametrize("options", [[], ["--deterministic"]])
-def test_a_killed_process_ends_with_the_same_bits(tmp_path: Path, options: list[str]) -> None:
-    def run(folder: str, *more: str) -> int:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tests.killed_trainer", str(tmp_path / folder), *options, *more]
-        return subprocess.run(command, check=False, capture_output=True, timeout=120).returncode
-
-    assert run("whole") == 0
-    kill_at = random.Random(str(options)).sample(range(2, 48), 2)
-    for window in sorted(kill_at):
-        assert run("killed", "--kill-at", str(window)) == -signal.SIGKILL
-    assert run("killed") == 0
-    whole, killed = (torch.load(tmp_path / folder / "final.pt", weights_only=True) for folder in ("whole", "killed"))
-    assert whole["counted"] == killed["counted"] == 48  # 3 epochs of 5 batches of 3 chunks and one of 1
-    assert all(torch.equal(whole["weights"][name], killed["weights"][name]) for name in whole["weights"])
+@pytest.mark.parametrize(("options", "counted"), [(["--endless"], 2 * 16 + 12), (["--deterministic"], 3 * 16)])
+def test_a_killed_process_ends_with_the_same_bits(tmp_path: Path, options: list[str], counted: int) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    killed_trainer.main([str(whole), *options])
+    kill_at = random.Random(str(options)).randrange(2, counted)
+    command = [sys.executable, "-m", "tests.killed_trainer", str(killed), *options, "--kill-at", str(kill_at)]
+    assert subprocess.run(command, check=False, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert not (killed / "final.pt").exists()
+    killed_trainer.main([str(killed), *options])
+    ends = [torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed)]
+    assert ends[0]["counted"] == ends[1]["counted"] == counted  # 6 batches: 5 of 3 chunks and one of 1
+    assert all(torch.equal(ends[0]["weights"][name], ends[1]["weights"][name]) for name in ends[0]["weights"])
 
 
 class AdaptiveRun(Run):
@@ -129,8 +143,9 @@ class AdaptiveRun(Run):
 
 @pytest.mark.parametrize("iteration", [1, 4, 5, 6, 12, 14])
 def test_a_resumed_run_goes_on_with_the_chunks_that_were_chosen(iteration: int) -> None:
-    whole, resumed = AdaptiveRun(), AdaptiveRun()
-    resumed.resume(whole.checkpoint_at(iteration))
+    (whole, saved), resumed = uninterrupted(make=AdaptiveRun), AdaptiveRun()
+    resumed.resume(saved[iteration])
+    assert isinstance(whole, AdaptiveRun)
     assert whole.chosen[iteration:] == resumed.chosen
     assert len({steps for steps, _ in whole.chosen}) > 1
     assert same(weights(whole.model), weights(resumed.model))
@@ -154,7 +169,7 @@ def test_the_scheduled_tbtt_step_is_restored() -> None:
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_and_nothing_is_loaded(changes: Any, message: str) -> None:
-    saved = Run().checkpoint_at(4)["trainer"]
+    saved = dict(uninterrupted()[1][4]["trainer"])
     other = Run(**changes)
     with pytest.raises(ValueError, match=message):
         other.trainer.load_state_dict(saved)
@@ -192,32 +207,25 @@ def test_streams_are_asked_to_go_on_only_inside_an_epoch() -> None:
 
 
 def test_a_time_event_of_the_resumed_run_counts_on() -> None:
-    whole, resumed = Run(), Run()
-    saved = whole.checkpoint_at(4)
+    resumed = Run()
     seen: list[int] = []
     resumed.trainer.add_event_handler(
         Tbptt_Events.TIME_ITERATION_STARTED(every=4), lambda e: seen.append(e.state.time_iteration)
     )
-    resumed.resume(saved)
+    resumed.resume(uninterrupted()[1][4])
     assert seen == [12, 16, 20, 24]  # 9 windows an epoch; 8 of them were behind the checkpoint
 
 
-@pytest.mark.parametrize("epoch_length", [3, 8])  # of 5 batches of data
-@pytest.mark.parametrize("iteration", [3, 4, 6, 7, 9])
+@pytest.mark.parametrize("stateful", [True, "data"])
 @pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("epoch_length", [3, 8])  # of 5 batches of data
+@pytest.mark.parametrize("iteration", [2, 3, 4, 5, 6, 7, 8])
 def test_epochs_that_are_no_pass_over_the_data_are_resumed_alike(
-    epoch_length: int, iteration: int, deterministic: bool
+    stateful: Any, deterministic: bool, epoch_length: int, iteration: int
 ) -> None:
-    whole, resumed = Run(deterministic=deterministic), Run(deterministic=deterministic)
-    saved: dict[str, Any] = {}
-
-    @whole.trainer.on(Events.ITERATION_COMPLETED(once=iteration))
-    def save() -> None:
-        parts = {"trainer": whole.trainer, "model": whole.model, "optimizer": whole.optimizer}
-        saved.update(through_a_file({name: part.state_dict() for name, part in parts.items()}))
-
-    whole.trainer.run(whole.streams, max_epochs=4, epoch_length=epoch_length)
-    resumed.resume(saved)
+    kwargs: dict[str, Any] = {"stateful": stateful, "deterministic": deterministic}
+    (whole, saved), resumed = uninterrupted(epoch_length=epoch_length, **kwargs), Run(**kwargs)
+    resumed.resume(saved[iteration])
     assert same(weights(whole.model), weights(resumed.model))
 
 
@@ -249,8 +257,7 @@ def test_a_state_set_when_the_epoch_starts_is_kept() -> None:
 
 @pytest.mark.parametrize("how", ["terminate", "raise", "interrupt"])
 def test_a_checkpoint_loads_into_a_trainer_that_was_stopped(how: str) -> None:
-    whole, stopped = Run(), Run()
-    saved = whole.checkpoint_at(7)
+    (whole, saved), stopped = uninterrupted(), Run()
 
     @stopped.trainer.on(Events.ITERATION_COMPLETED(once=9))
     def stop(engine: Any) -> None:
@@ -264,7 +271,7 @@ def test_a_checkpoint_loads_into_a_trainer_that_was_stopped(how: str) -> None:
     else:
         stopped.trainer.run(stopped.streams, max_epochs=3)
     stopped.trainer.remove_event_handler(stop, Events.ITERATION_COMPLETED)
-    stopped.resume(saved)
+    stopped.resume(saved[7])
     assert stopped.trainer.state.iteration == 15
     assert same(weights(whole.model), weights(stopped.model))
 
@@ -291,7 +298,7 @@ def test_a_checkpoint_of_an_epoch_that_was_cut_short_is_warned_about() -> None:
 
 
 def test_the_state_of_another_ranks_rows_is_refused() -> None:
-    saved = Run().checkpoint_at(2)["trainer"]
+    saved = copy.deepcopy(uninterrupted()[1][2]["trainer"])
     saved["tbptt"]["rank"] = 1
     with pytest.raises(ValueError, match=r"rows of rank 1, and this is rank 0.*save_on_rank=rank"):
         Run().trainer.load_state_dict(saved)
@@ -306,8 +313,7 @@ class PlainPolicy:
 
 def test_a_policy_without_a_repr_of_its_own_is_known_by_its_class() -> None:
     whole, resumed = Run(tbtt_step=PlainPolicy()), Run(tbtt_step=PlainPolicy())
-    saved = whole.checkpoint_at(4)
-    resumed.resume(saved)
+    resumed.resume(whole.checkpoint_at(4))
     assert same(weights(whole.model), weights(resumed.model))
 
 

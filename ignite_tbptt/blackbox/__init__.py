@@ -10,8 +10,10 @@ from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference, GaussianSmoothing
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
+from ignite_tbptt.blackbox.measured_step import MeasuredStep
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
 from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
+from ignite_tbptt.blackbox.noise import NoiseEstimate, estimate_noise
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, StepSize
 from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
@@ -51,6 +53,8 @@ __all__ = [
     "GaussianSmoothing",
     "GraphCut",
     "GraphCutReport",
+    "MeasuredStep",
+    "NoiseEstimate",
     "Orthogonal",
     "PerInputStep",
     "Rademacher",
@@ -67,6 +71,7 @@ __all__ = [
     "bind",
     "blackbox",
     "central",
+    "estimate_noise",
     "find_graph_cuts",
     "forward",
     "step_sweep",

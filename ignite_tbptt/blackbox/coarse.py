@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
+from ignite_tbptt.blackbox.moves import Gaussian
 from ignite_tbptt.blackbox.point import Point, evaluate_at, key_of
 from ignite_tbptt.blackbox.stencil import Stencil
+from ignite_tbptt.blackbox.step_size import RelativeStep, unbounded
 from ignite_tbptt.warn import warn
 
 __all__ = ["compare_steps"]
@@ -28,8 +30,9 @@ __all__ = ["compare_steps"]
 # How many elements are tried at the first gradient; later one each time, another than before.
 _SAMPLE = 2
 _FACTOR = 8
-# Slopes agree that differ by less than this share of the larger; one-sided formulas round off more.
-_TOLERANCE, _ONE_SIDED_TOLERANCE = 0.003, 0.02
+# Slopes agree that differ by less than this share of the larger; one-sided formulas round off more. A step that was
+# chosen, or measured, is a compromise already.
+_TOLERANCE, _ONE_SIDED_TOLERANCE, _CHOSEN_TOLERANCE = 0.003, 0.02, 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +43,11 @@ class _Line:
     stencil: Stencil
     h: float
     noise: float
+    tolerance: float
 
     def agree(self, one: float, other: float) -> bool:
         """Whether two slopes do, up to truncation and rounding."""
-        share = _TOLERANCE if self.stencil.is_two_sided else _ONE_SIDED_TOLERANCE
-        return abs(one - other) <= max(share * max(abs(one), abs(other)), self.noise)
+        return abs(one - other) <= max(self.tolerance * max(abs(one), abs(other)), self.noise)
 
     def slope(self, level: int) -> float:
         """By the stencil that is used, at ``h * 8 ** level``; NaN where the function is not defined."""
@@ -67,6 +70,8 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
         first: whether this is the first gradient.
     """
     record = point.record
+    if isinstance(record.estimator.directions, Gaussian):
+        return  # they are for functions that jump
     needed = [k for k, need in enumerate(record.needed) if need and point.x[k].numel()]
     used = [(k, v.double()) for k in point.floats if (v := cotangents[k]) is not None and bool(torch.isfinite(v).all())]
     if not needed or not used:
@@ -93,7 +98,7 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
 def _compared(
     point: Point, k: int, position: int, index: tuple[int, ...], used: Sequence[tuple[int, Tensor]]
 ) -> str | None:
-    estimator = point.record.options.estimator
+    estimator = point.record.estimator
     x = float(point.x[k][index])
     sizes, one_sided = estimator.step_size.each(point.x[k], estimator.stencil, point.eps, position)
     stencil = estimator.stencil
@@ -108,7 +113,11 @@ def _compared(
         return None
     noise = 4 * point.eps * stencil.amplification / h
     noise *= sum(float((v.abs() * point.first.tensors[n].abs().nan_to_num(0, 0, 0)).sum()) for n, v in used)
-    line = _Line(functools.cache(_phi(point, k, position, index, used)), stencil, h, noise)
+    step_size = unbounded(estimator.step_size, position)
+    tolerance = _TOLERANCE if stencil.is_two_sided else _ONE_SIDED_TOLERANCE
+    if not isinstance(step_size, RelativeStep) or step_size.factor is not None:
+        tolerance = _CHOSEN_TOLERANCE
+    line = _Line(functools.cache(_phi(point, k, position, index, used)), stencil, h, noise, tolerance)
     quick = [line.slope(level) for level in sorted({0, min(2, top), min(4, top)})]
     element = f"element {index} of {point.flat.name(k)}"
     if not any(slope for slope in quick if math.isfinite(slope)):
@@ -198,7 +207,7 @@ def _same_to_both_sides(line: _Line, level: int) -> bool:
 def _phi(
     point: Point, k: int, position: int, index: tuple[int, ...], used: Sequence[tuple[int, Tensor]]
 ) -> Callable[[float], float]:
-    step_size = point.record.options.estimator.step_size
+    step_size = point.record.estimator.step_size
 
     def phi(t: float) -> float:
         if t == 0:

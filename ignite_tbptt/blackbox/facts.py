@@ -31,6 +31,8 @@ class Facts:
         stackable: whether the rows of several points may share a call, by key.
         told: warnings that were given.
         calls: nodes of forward calls whose graph is alive, by number.
+        estimators: the estimator with steps that were measured, by the inputs that they belong to.
+        measurements: what was measured for them.
         draws: whether some evaluation drew random numbers; None before the first.
     """
 
@@ -39,6 +41,8 @@ class Facts:
         self.told: set[Any] = set()
         self.calls: dict[int, Any] = {}
         self.draws: bool | None = None
+        self.estimators: dict[Any, Any] = {}
+        self.measurements: dict[Any, Any] = {}
         self._gradients: dict[Any, int] = {}
         self._number = 0
         # of blackboxes that are alive and called alike each draws directions of its own

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.options import Options
@@ -78,6 +79,18 @@ class Record:
         if not (self.autocast or self.options.dtype or self.options.device):
             self.first = outputs
         return self._finish(outputs, tensors)
+
+    @property
+    def inputs_key(self) -> Any:
+        """What facts about the inputs that need a gradient depend on."""
+        return self.flat.in_dims, self.flat.flags, tuple(self.needed)
+
+    @property
+    def estimator(self) -> Estimator:
+        """The estimator, with steps that were measured where they were to be."""
+        facts = self.facts.estimators
+        found: Estimator = facts.get(self.inputs_key, self.options.estimator) if facts else self.options.estimator
+        return found
 
     def drew_since(self, streams: RandomStreams) -> None:
         """Hold the streams as they were before an evaluation, and whether it drew from them."""

@@ -8,23 +8,18 @@ with any stencil; what it recommends goes into `AbsoluteStep`.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.flat import FlatCall, Outputs
+from ignite_tbptt.blackbox.noise import Line, Scalar, noise_level
 from ignite_tbptt.blackbox.stencil import Stencil, central
-from ignite_tbptt.random_streams import RandomStreams
 
-__all__ = ["StepSweep", "noise_level", "step_sweep"]
-
-Scalar = Callable[[float], float]
+__all__ = ["StepSweep", "step_sweep"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ def step_sweep(
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}: step_sweep(fn, *inputs)")
     formula = central() if stencil is None else stencil
-    line = _Line(fn, inputs, numpy, seed)
+    line = Line(fn, inputs, numpy, seed)
     with torch.no_grad(), line.streams.replayed():
         phi = line.along(torch.float64 if numpy else None)
         size = abs(phi(0.0))
@@ -121,119 +116,26 @@ def step_sweep(
         eps = torch.finfo(torch.float64 if numpy else line.dtype).eps
         steps = line.steps(math.ceil(math.log2(eps)) + 3)
         noise = noise_level(phi, line.scale, eps)
-        truth, reference = line.truth(phi, steps, noise, numpy)
+        truth, reference = _truth(line, phi, steps, noise, numpy)
         errors = [abs(_slope(formula, phi, h) - truth) / abs(truth) for h in steps]
     best = _lowest(errors)
     return StepSweep(tuple(steps), tuple(errors), noise / (size or 1.0), reference, steps[best], formula.order)
 
 
-class _Line:
-    """A function of nested tensors, along a direction of random signs, its outputs weighted at random."""
-
-    def __init__(self, fn: Callable[..., Any], inputs: tuple[Any, ...], numpy: bool, seed: int) -> None:
-        self.label = getattr(fn, "__name__", type(fn).__name__)
-        self._arguments = FlatCall(fn, inputs, {}, numpy=numpy)
-        self._function = self._arguments
-        tensors = self._arguments.tensors
-        floats = [k for k, tensor in enumerate(tensors) if tensor.is_floating_point() and tensor.numel()]
-        self._moved = [k for k in floats if tensors[k].requires_grad] or floats
-        if not self._moved:
-            found = ", ".join(str(tensor.dtype) for tensor in tensors) or "no tensor at all"
-            raise TypeError(
-                f"step_sweep needs a tensor of floating point among the inputs of {self.label}, got {found}: integers "
-                "cannot be moved by a small step, complex numbers go in as torch.view_as_real(input)"
-            )
-        self._seed = seed
-        self.dtype = max((tensors[k].dtype for k in self._moved), key=lambda dtype: torch.finfo(dtype).eps)
-        largest = max(float(tensors[k].abs().max()) for k in self._moved)
-        self.scale = 2.0 ** round(math.log2(largest)) if largest else 1.0
-        self.streams = RandomStreams.now()
-        self._weights: list[Tensor] | None = None
-
-    def along(self, dtype: torch.dtype | None) -> Scalar:
-        """The weighted sum of the outputs at x + t d, evaluated in the given precision or that of the inputs."""
-        tensors = [tensor.detach() for tensor in self._arguments.tensors]
-        tensors = [t.to(dtype) if dtype and t.is_floating_point() else t for t in tensors]
-        signs = torch.Generator().manual_seed(self._seed)
-        direction = {
-            k: (torch.randint(0, 2, tensors[k].shape, generator=signs) * 2 - 1).to(tensors[k]) for k in self._moved
-        }
-        known: dict[float, float] = {}
-
-        def phi(t: float) -> float:
-            if t not in known:
-                self.streams.restore()
-                points = [x + t * direction[k] if k in direction else x.clone() for k, x in enumerate(tensors)]
-                try:
-                    known[t] = self._weighted(Outputs.of(self._function(*points), self.label))
-                except (ArithmeticError, ValueError):
-                    if t == 0:
-                        raise
-                    known[t] = math.nan  # outside the domain, as the large steps may be
-            return known[t]
-
-        return phi
-
-    def steps(self, first: int) -> list[float]:
-        """Powers of two from ``2 ** first`` of the size of x to that size, or to 1 where x is smaller."""
-        last = max(0, -round(math.log2(self.scale)))
-        return [self.scale * 2.0**power for power in range(first, last + 1)]
-
-    def _weighted(self, outputs: Outputs) -> float:
-        values = [tensor.double().cpu() for tensor in outputs.tensors if tensor.is_floating_point()]
-        if self._weights is None:
-            generator = torch.Generator().manual_seed(self._seed + 1)
-            self._weights = [torch.rand(v.shape, generator=generator, dtype=torch.float64) + 0.5 for v in values]
-        return sum(float((weight * value).sum()) for weight, value in zip(self._weights, values, strict=True))
-
-    def truth(self, phi: Scalar, steps: list[float], noise: float, numpy: bool) -> tuple[float, str]:
-        """The slope, from float64 where that is more than the function works in, else from all steps together."""
-        if not numpy and self.dtype != torch.float64:
-            try:
-                exact = self.along(torch.float64)
-                eps = torch.finfo(torch.float64).eps
-                fine = self.steps(-40)
-                fine_noise = noise_level(exact, self.scale, eps)
-                # a function that rounds inside gains nothing from float64
-                if fine_noise < 0.01 * noise:
-                    return _ridders(exact, fine, fine_noise, self.label), "float64"
-            except (RuntimeError, TypeError, ValueError):
-                pass  # it is written for one precision only
-        return _ridders(phi, steps, noise, self.label), "richardson"
-
-
-def noise_level(phi: Scalar, scale: float, eps: float) -> float:
-    """Standard deviation of the noise in a function of one number, near 0 (ECNoise, More and Wild 2011, section 4).
-
-    Args:
-        phi: the function.
-        scale: size of the numbers that it is given.
-        eps: their relative precision, where the spacing of the seven values starts.
-
-    Returns:
-        The noise in the units of phi; 0 where none was seen, as with a constant.
-    """
-    spacing = scale * eps**0.75
-    level = 0.0
-    while spacing < scale:
-        values = [phi((k - 3) * spacing) for k in range(7)]
-        if not all(map(math.isfinite, values)):
-            break
-        differences, levels, changes, gamma = values, [], [], 1.0
-        for k in range(1, 7):
-            differences = [after - before for before, after in itertools.pairwise(differences)]
-            gamma *= k / (2 * (2 * k - 1))
-            levels.append(math.sqrt(gamma * sum(d * d for d in differences) / len(differences)))
-            changes.append(min(differences) < 0 < max(differences))
-            if k == 1 and 2 * sum(d == 0 for d in differences) > len(differences):
-                break  # most values are the same: the quantum of the function is larger than this
-        else:
-            for k in range(4):
-                if changes[k] and max(levels[k : k + 3]) <= 4 * min(levels[k : k + 3]):
-                    return levels[k]
-            level = level or levels[-1]
-        spacing *= 8
-    return level
+def _truth(line: Line, phi: Scalar, steps: list[float], noise: float, numpy: bool) -> tuple[float, str]:
+    """The slope, from float64 where that is more than the function works in, else from all steps together."""
+    if not numpy and line.dtype != torch.float64:
+        try:
+            exact = line.along(torch.float64)
+            eps = torch.finfo(torch.float64).eps
+            fine = line.steps(-40)
+            fine_noise = noise_level(exact, line.scale, eps)
+            # a function that rounds inside gains nothing from float64
+            if fine_noise < 0.01 * noise:
+                return _ridders(exact, fine, fine_noise, line.label), "float64"
+        except (RuntimeError, TypeError, ValueError):
+            pass  # it is written for one precision only
+    return _ridders(phi, steps, noise, line.label), "richardson"
 
 
 def _slope(stencil: Stencil, phi: Scalar, h: float) -> float:

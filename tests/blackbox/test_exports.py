@@ -10,7 +10,7 @@ import pytest
 
 from ignite_tbptt import blackbox as package
 
-MODULES = ["estimator", "function", "module", "moves", "step_size", "stencil", "sweep"]
+MODULES = ["estimator", "function", "measured_step", "module", "moves", "noise", "step_size", "stencil", "sweep"]
 EXPORTED = [
     "SPSA",
     "AbsoluteStep",
@@ -33,6 +33,8 @@ EXPORTED = [
     "GaussianSmoothing",
     "GraphCut",
     "GraphCutReport",
+    "MeasuredStep",
+    "NoiseEstimate",
     "Orthogonal",
     "PerInputStep",
     "Rademacher",
@@ -49,6 +51,7 @@ EXPORTED = [
     "bind",
     "blackbox",
     "central",
+    "estimate_noise",
     "find_graph_cuts",
     "forward",
     "step_sweep",

@@ -378,7 +378,7 @@ def test_a_compiled_model_trains_and_is_restored(whole: bool) -> None:
 
 
 TWO_RANKS = """
-    import sys, warnings
+    import os, sys, warnings
     warnings.simplefilter("ignore")
     import ignite.distributed as idist
     import torch
@@ -406,8 +406,9 @@ TWO_RANKS = """
         assert torch.equal(everywhere[0], everywhere[1])
         assert handler.nfev > 0 and not cut.cell._forward_hooks
         if rank == 0:
-            print("trained alike on both ranks")
+            print("trained alike on both ranks", flush=True)
         idist.barrier()  # a rank that leaves early can take the other down with it
+        os._exit(0)  # gloo now and then aborts where the interpreter takes its threads down
 
     if __name__ == "__main__":
         # ranks meet in a file: a port could be another run's, and with it would go the rank that serves it

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError
+from ignite_tbptt.blackbox.noise import noise_level
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
-from ignite_tbptt.blackbox.sweep import noise_level, step_sweep
+from ignite_tbptt.blackbox.sweep import step_sweep
 
 mpl.use("Agg")
 

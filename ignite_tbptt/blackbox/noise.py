@@ -1,0 +1,182 @@
+"""The noise of a function: how far its evaluations are off, whatever the reason.
+
+Along one direction a function of many numbers is a function of one. Differences of high order of closely spaced values
+cancel what is smooth and leave what is not (ECNoise, More and Wild 2011, Estimating computational noise, section 4).
+Pairs with `sweep`, which shows what noise does to a slope, and with `measured_step`, which balances it with truncation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.errors import BlackboxError
+from ignite_tbptt.blackbox.flat import FlatCall, Outputs
+from ignite_tbptt.random_streams import RandomStreams
+
+__all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level"]
+
+Scalar = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """How far the evaluations of a function are off; made by `estimate_noise`.
+
+    Attributes:
+        level: standard deviation, in the units of a single output.
+        relative: the same over the size of the outputs.
+        converged: whether differences of several orders agreed on it; where they did not, it is a guess.
+    """
+
+    level: float
+    relative: float
+    converged: bool
+
+    def __str__(self) -> str:
+        doubt = "" if self.converged else ", a guess: differences of several orders do not agree"
+        return f"noise {self.level:.2g}, {self.relative:.1e} of the size of the outputs{doubt}"
+
+
+def estimate_noise(fn: Callable[..., Any], *inputs: Any, numpy: bool = False, seed: int = 0) -> NoiseEstimate:
+    """Measure the noise of a function at some inputs.
+
+    Example:
+        >>> import torch
+        >>> estimate_noise(lambda x: torch.round(x, decimals=3), torch.tensor([1.0], dtype=torch.float64)).level < 1e-3
+        True
+
+    Some 7 to 100 evaluations, along one direction of random signs. Random numbers from the global streams are the same
+    in all of them, so that theirs is no noise; a generator of the function's own counts.
+
+    Args:
+        fn: function of the inputs, as `blackbox` takes it.
+        inputs: its arguments. Those tensors are moved that require grad, or all float tensors where none does.
+        numpy: hand the function numpy arrays, in float64.
+        seed: of the signs of the direction and of the weights of the outputs.
+
+    Raises:
+        TypeError: fn is not callable, or no input is a tensor of floating point.
+        BlackboxError: fn is NaN or infinite at the inputs.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {type(fn).__name__}: estimate_noise(fn, *inputs)")
+    line = Line(fn, inputs, numpy, seed)
+    with torch.no_grad(), line.streams.replayed():
+        phi = line.along(torch.float64 if numpy else None)
+        size = abs(phi(0.0))
+        if not math.isfinite(size):
+            raise BlackboxError(f"{line.label} is NaN or infinite at the inputs: there is no noise to measure")
+        eps = torch.finfo(torch.float64 if numpy else line.dtype).eps
+        level, converged = _noise(phi, line.scale, eps, 0.75)
+    return NoiseEstimate(level / line.spread, level / (size or 1.0), converged)
+
+
+class Line:
+    """A function of nested tensors, along a direction of random signs, its outputs weighted at random."""
+
+    def __init__(self, fn: Callable[..., Any], inputs: tuple[Any, ...], numpy: bool, seed: int) -> None:
+        self.label = getattr(fn, "__name__", type(fn).__name__)
+        self._arguments = FlatCall(fn, inputs, {}, numpy=numpy)
+        self._function = self._arguments
+        tensors = self._arguments.tensors
+        floats = [k for k, tensor in enumerate(tensors) if tensor.is_floating_point() and tensor.numel()]
+        self._moved = [k for k in floats if tensors[k].requires_grad] or floats
+        if not self._moved:
+            found = ", ".join(str(tensor.dtype) for tensor in tensors) or "no tensor at all"
+            raise TypeError(
+                f"{self.label} needs a tensor of floating point among its inputs, got {found}: integers cannot be "
+                "moved by a small step, complex numbers go in as torch.view_as_real(input)"
+            )
+        self._seed = seed
+        self.dtype = max((tensors[k].dtype for k in self._moved), key=lambda dtype: torch.finfo(dtype).eps)
+        largest = max(float(tensors[k].abs().max()) for k in self._moved)
+        self.scale = 2.0 ** round(math.log2(largest)) if largest else 1.0
+        self.streams = RandomStreams.now()
+        self._weights: list[Tensor] | None = None
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the weighted sum over that of one output, if outputs are off independently."""
+        return math.sqrt(sum(float(weight.square().sum()) for weight in self._weights or ())) or 1.0
+
+    def along(self, dtype: torch.dtype | None) -> Scalar:
+        """The weighted sum of the outputs at x + t d, evaluated in the given precision or that of the inputs."""
+        tensors = [tensor.detach() for tensor in self._arguments.tensors]
+        tensors = [t.to(dtype) if dtype and t.is_floating_point() else t for t in tensors]
+        signs = torch.Generator().manual_seed(self._seed)
+        direction = {
+            k: (torch.randint(0, 2, tensors[k].shape, generator=signs) * 2 - 1).to(tensors[k]) for k in self._moved
+        }
+        known: dict[float, float] = {}
+
+        def phi(t: float) -> float:
+            if t not in known:
+                self.streams.restore()
+                points = [x + t * direction[k] if k in direction else x.clone() for k, x in enumerate(tensors)]
+                try:
+                    known[t] = self._weighted(Outputs.of(self._function(*points), self.label))
+                except (ArithmeticError, ValueError):
+                    if t == 0:
+                        raise
+                    known[t] = math.nan  # outside the domain, as the large steps may be
+            return known[t]
+
+        return phi
+
+    def steps(self, first: int) -> list[float]:
+        """Powers of two from ``2 ** first`` of the size of x to that size, or to 1 where x is smaller."""
+        last = max(0, -round(math.log2(self.scale)))
+        return [self.scale * 2.0**power for power in range(first, last + 1)]
+
+    def _weighted(self, outputs: Outputs) -> float:
+        values = [tensor.double().cpu() for tensor in outputs.tensors if tensor.is_floating_point()]
+        if self._weights is None:
+            generator = torch.Generator().manual_seed(self._seed + 1)
+            self._weights = [torch.rand(v.shape, generator=generator, dtype=torch.float64) + 0.5 for v in values]
+        return sum(float((weight * value).sum()) for weight, value in zip(self._weights, values, strict=True))
+
+
+def noise_level(phi: Scalar, scale: float, eps: float, power: float = 0.75) -> float:
+    """Standard deviation of the noise in a function of one number, near 0 (ECNoise, More and Wild 2011, section 4).
+
+    Args:
+        phi: the function.
+        scale: size of the numbers that it is given.
+        eps: their relative precision.
+        power: the spacing of the seven values starts at ``eps ** power`` of the scale.
+
+    Returns:
+        The noise in the units of phi; 0 where none was seen, as with a constant.
+    """
+    return _noise(phi, scale, eps, power)[0]
+
+
+def _noise(phi: Scalar, scale: float, eps: float, power: float) -> tuple[float, bool]:
+    spacing = scale * eps**power
+    level = 0.0
+    while spacing < scale:
+        values = [phi((k - 3) * spacing) for k in range(7)]
+        if not all(map(math.isfinite, values)):
+            break
+        differences, levels, changes, gamma = values, [], [], 1.0
+        for k in range(1, 7):
+            differences = [after - before for before, after in itertools.pairwise(differences)]
+            gamma *= k / (2 * (2 * k - 1))
+            levels.append(math.sqrt(gamma * sum(d * d for d in differences) / len(differences)))
+            changes.append(min(differences) < 0 < max(differences))
+            if k == 1 and 2 * sum(d == 0 for d in differences) > len(differences):
+                break  # most values are the same: the quantum of the function is larger than this
+        else:
+            for k in range(4):
+                if changes[k] and max(levels[k : k + 3]) <= 4 * min(levels[k : k + 3]):
+                    return levels[k], True
+            level = level or levels[-1]
+        spacing *= 8
+    return level, level == 0.0
