@@ -13,15 +13,17 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.measuring import measure_steps
+from ignite_tbptt.blackbox.moves import Gaussian
 from ignite_tbptt.blackbox.point import Point, evaluate_at, key_of
 from ignite_tbptt.blackbox.stencil import Stencil
+from ignite_tbptt.blackbox.step_size import RelativeStep, unbounded
 from ignite_tbptt.warn import warn
 
 __all__ = ["compare_steps"]
@@ -29,8 +31,9 @@ __all__ = ["compare_steps"]
 # How many elements are tried at the first gradient; later one each time, another than before.
 _SAMPLE = 2
 _FACTOR = 8
-# Slopes agree that differ by less than this share of the larger; one-sided formulas round off more.
-_TOLERANCE, _ONE_SIDED_TOLERANCE, _MEASURED_TOLERANCE = 0.003, 0.02, 0.1
+# Slopes agree that differ by less than this share of the larger; one-sided formulas round off more. A step that was
+# chosen, or measured, is a compromise already.
+_TOLERANCE, _ONE_SIDED_TOLERANCE, _CHOSEN_TOLERANCE = 0.003, 0.02, 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +44,11 @@ class _Line:
     stencil: Stencil
     h: float
     noise: float
-    tolerance: float | None = None
+    tolerance: float
 
     def agree(self, one: float, other: float) -> bool:
         """Whether two slopes do, up to truncation and rounding."""
-        share = _TOLERANCE if self.stencil.is_two_sided else _ONE_SIDED_TOLERANCE
-        share = share if self.tolerance is None else self.tolerance
-        return abs(one - other) <= max(share * max(abs(one), abs(other)), self.noise)
+        return abs(one - other) <= max(self.tolerance * max(abs(one), abs(other)), self.noise)
 
     def slope(self, level: int) -> float:
         """By the stencil that is used, at ``h * 8 ** level``; NaN where the function is not defined."""
@@ -70,6 +71,8 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
         first: whether this is the first gradient.
     """
     record = point.record
+    if isinstance(record.estimator.directions, Gaussian):
+        return  # they are for functions that jump
     needed = [k for k, need in enumerate(record.needed) if need and point.x[k].numel()]
     used = [(k, v.double()) for k in point.floats if (v := cotangents[k]) is not None and bool(torch.isfinite(v).all())]
     if not needed or not used:
@@ -79,12 +82,11 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
     for turn in range(record.number, record.number + wanted):
         k = needed[turn % len(needed)]
         position = sum(record.needed[:k])
-        measured = position in record.facts.measurements.get(record.inputs_key, {})
-        if ("coarse", k) in record.facts.told or (measured and not first):
+        if ("coarse", k) in record.facts.told:
             continue
         element = (turn // len(needed) * 0x9E3779B1) % point.x[k].numel()
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(element), point.x[k].shape))
-        message = _compared(point, k, position, index, used, measured)
+        message = _compared(point, k, position, index, used)
         if message is not None:
             if not record.draws and before.have_moved():
                 # Away from x it draws random numbers, which were not common here: again, when they are.
@@ -94,9 +96,7 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
             if record.options.is_default and not record.facts.measures:
                 record.facts.measures = True
                 measure_steps(record, True)
-                message = _compared(point, k, position, index, used, True) or _told_of_measuring(
-                    point, k, position, index
-                )
+                message = _compared(point, k, position, index, used) or _told_of_measuring(point, k, position, index)
             warn(message, UntrustedGradientWarning)
 
 
@@ -116,7 +116,6 @@ def _compared(
     position: int,
     index: tuple[int, ...],
     used: Sequence[tuple[int, Tensor]],
-    measured: bool,
 ) -> str | None:
     estimator = point.record.estimator
     x = float(point.x[k][index])
@@ -133,9 +132,11 @@ def _compared(
         return None
     noise = 4 * point.eps * stencil.amplification / h
     noise *= sum(float((v.abs() * point.first.tensors[n].abs().nan_to_num(0, 0, 0)).sum()) for n, v in used)
-    line = _Line(functools.cache(_phi(point, k, position, index, used)), stencil, h, noise)
-    if measured:  # against the noise that was found, a slope is right to some per cent
-        line = replace(line, tolerance=_MEASURED_TOLERANCE)
+    step_size = unbounded(estimator.step_size, position)
+    tolerance = _TOLERANCE if stencil.is_two_sided else _ONE_SIDED_TOLERANCE
+    if not isinstance(step_size, RelativeStep) or step_size.factor is not None:
+        tolerance = _CHOSEN_TOLERANCE
+    line = _Line(functools.cache(_phi(point, k, position, index, used)), stencil, h, noise, tolerance)
     quick = [line.slope(level) for level in sorted({0, min(2, top), min(4, top)})]
     element = f"element {index} of {point.flat.name(k)}"
     if not any(slope for slope in quick if math.isfinite(slope)):
@@ -225,7 +226,7 @@ def _same_to_both_sides(line: _Line, level: int) -> bool:
 def _phi(
     point: Point, k: int, position: int, index: tuple[int, ...], used: Sequence[tuple[int, Tensor]]
 ) -> Callable[[float], float]:
-    step_size = point.record.options.estimator.step_size
+    step_size = point.record.estimator.step_size
 
     def phi(t: float) -> float:
         if t == 0:

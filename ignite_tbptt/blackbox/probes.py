@@ -12,19 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.coloring import Sparsity, coloring_of
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.flat import Outputs
-from ignite_tbptt.blackbox.measuring import measure_steps
-from ignite_tbptt.blackbox.moves import Coordinates, Gaussian
+from ignite_tbptt.blackbox.moves import Coordinates
 from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
 from ignite_tbptt.blackbox.record import Record
 
 __all__ = ["verify"]
 
 
-def verify(record: Record, gradients: int, cotangents: Sequence[Tensor | None]) -> Point | None:
+def verify(record: Record, gradients: int) -> Point | None:
     """Verify what is due at so many gradients more; returns x of the call where anything was.
 
     Raises:
@@ -45,9 +43,6 @@ def verify(record: Record, gradients: int, cotangents: Sequence[Tensor | None]) 
         sparsity = getattr(record.options.estimator.directions, "sparsity", None)
         if sparsity is not None and point.floats:
             _pattern(point, sparsity)
-        measure_steps(record, True)
-        if not isinstance(record.options.estimator.directions, Gaussian):  # which is for functions that jump
-            compare_steps(point, cotangents, first)
     except BaseException:
         record.facts.forget(key)
         raise

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
+from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
@@ -119,10 +120,10 @@ def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | No
         BlackboxError: the blackbox raised, changed its kind of output, or is not finite.
     """
     start = time.perf_counter()
-    estimator = record.options.estimator
     with ALONE, torch.no_grad(), autocast_off(record.tensors):
         before = record.facts.streams()
         try:
+            measure_steps(record, False)
             point = Point([record])
             moved = {k: t.to(point.x[k]) for k, t in enumerate(along) if t is not None}
             scale = max((float((t.abs() / _sizes(point, k)).max()) for k, t in moved.items() if t.numel()), default=0.0)
@@ -131,7 +132,7 @@ def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | No
             ]
             if not 0 < scale < math.inf:
                 return found
-            stencil = estimator.stencil
+            stencil = record.estimator.stencil
             for offset, weight in zip(stencil.offsets, stencil.weights, strict=True):
                 h = offset / scale
                 points = [x + h * moved[k] if k in moved else x.clone() for k, x in enumerate(point.x)]
@@ -154,7 +155,7 @@ def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | No
 
 def _sizes(point: Point, k: int) -> Tensor:
     """The step of every element of an input."""
-    estimator = point.record.options.estimator
+    estimator = point.record.estimator
     position = sum(point.record.needed[:k])
     return steps_around(estimator.step_size, point.x[k], estimator.stencil, point.eps, 1.0, position)
 
@@ -163,8 +164,11 @@ def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[
     """Evaluate the records together that can be, and leave the slopes of the others with them."""
     others = [other for other in reachable if other is not record and other.held is None and other.unchanged]
     others = [other for other in others if key_of(other) == key_of(record) and other.draws == record.draws]
-    point = verify(record, 1 + len(others), cotangents)
-    measure_steps(record, False)
+    first = record.facts.is_first(key_of(record))
+    point = verify(record, 1 + len(others))
+    measure_steps(record, point is not None)
+    if point is not None:
+        compare_steps(point, cotangents, first)
     alike = _merged(record, others)
     if point is None or len(alike) > 1:
         point = Point(alike)

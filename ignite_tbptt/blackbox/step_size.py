@@ -25,6 +25,7 @@ __all__ = [
     "Steps",
     "require_positive",
     "steps_around",
+    "unbounded",
 ]
 
 
@@ -232,7 +233,7 @@ class BoundedStep:
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
         # Inner bounds are part of `inside`: what they made of the step would hide the step that is wanted.
-        sizes, kept_sides = _unbounded(self.step_size, position).each(x, stencil, eps, position)
+        sizes, kept_sides = unbounded(self.step_size, position).each(x, stencil, eps, position)
         wanted, sign = sizes.abs(), sizes.sign()
         below, above = _room(self, x, position)
         ahead, behind = torch.where(sign > 0, above, below), torch.where(sign > 0, below, above)
@@ -290,7 +291,7 @@ def steps_around(
     Raises:
         ValueError: an element is so close to its bound that less than a quarter of its step is left.
     """
-    wanted = _unbounded(step_size, position).each(x, stencil, eps, position).sizes.abs()
+    wanted = unbounded(step_size, position).each(x, stencil, eps, position).sizes.abs()
     below, above = _room(step_size, x, position)
     fitting = torch.minimum(below, above) / (scale * stencil.reach)
     if bool((fitting < wanted / 4).any()):
@@ -325,7 +326,8 @@ def _room(step_size: StepSize, x: Tensor, position: int) -> tuple[Tensor, Tensor
     return (x - lower) * margin, (upper - x) * margin
 
 
-def _unbounded(step_size: StepSize, position: int) -> StepSize:
+def unbounded(step_size: StepSize, position: int) -> StepSize:
+    """The step size of one input without its bounds."""
     while isinstance(step_size, (BoundedStep, PerInputStep)):
         step_size = step_size.step_size if isinstance(step_size, BoundedStep) else step_size.of(position)
     return step_size

@@ -113,9 +113,10 @@ def test_coarse_functions_are_named_and_the_advice_is_right(name: str) -> None:
         named += bool(told)
         advice = re.search(r"AbsoluteStep\(([^)]+)\)", told[0]) if told else None
         if advice and slope is not None:
-            found, _ = gradient(f, x, step_size=AbsoluteStep(float(advice[1])))
+            found, again = gradient(f, x, step_size=AbsoluteStep(float(advice[1])))
             true = slope(x.detach().double().numpy())
             assert np.abs(found - true).max() <= 0.02 * np.abs(true).max()
+            assert again == []
     assert named >= 9
 
 
