@@ -175,7 +175,13 @@ def _if_zero(line: _Line, point: Point, k: int, element: str, reach: float) -> s
     if level is None or not rounding < abs(line.slope(level)) < math.inf:
         return None
     settled = level < top and abs(line.slope(level + 1)) < 4 * abs(line.slope(level))
-    alike = _same_to_both_sides(line, level) or (settled and _same_to_both_sides(line, level + 1))
+    if _has_plateaus(line, level):
+        settled = True
+    alike = (
+        _has_plateaus(line, level)
+        or _same_to_both_sides(line, level)
+        or (settled and _same_to_both_sides(line, level + 1))
+    )
     if not (settled or level == top) or not alike:
         return None
     wide = line.h * float(_FACTOR) ** level
@@ -194,6 +200,8 @@ def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
         # Constant nearby. Quanta give a slope that settles and is the same to both sides; a flat or a kinked function
         # gives one that grows, or that is of one side only.
         found = next((level for level, slope in enumerate(slopes) if slope), top)
+        if _has_plateaus(line, found) or (found < top and _has_plateaus(line, found + 1)):
+            return True
         if found == top or abs(slopes[found + 1]) >= 4 * abs(slopes[found]):
             return False
         return _same_to_both_sides(line, found + 1)
@@ -214,6 +222,17 @@ def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
     gap = abs(taken - far)
     settled = abs(far - slopes[top - 1]) < 0.25 * gap
     return settled and all(abs(side - far) < 0.5 * gap for side in line.sides(top - 1))
+
+
+def _has_plateaus(line: _Line, level: int) -> bool:
+    """Whether values other than that at x come exactly again, to both sides: the function comes in quanta."""
+    h = line.h * float(_FACTOR) ** level
+    here = line.phi(0.0)
+    for side in (h, -h):
+        values = [value for i in range(1, 9) if (value := line.phi(side * i / 8)) != here]
+        if len(set(values)) == len(values):
+            return False
+    return True
 
 
 def _same_to_both_sides(line: _Line, level: int) -> bool:
