@@ -23,6 +23,7 @@ from ignite_tbptt.blackbox.module import Blackbox
 from ignite_tbptt.blackbox.node import called
 from ignite_tbptt.blackbox.options import Options, make_options
 from ignite_tbptt.blackbox.record import Record
+from ignite_tbptt.blackbox.report import report_of
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 
 __all__ = ["BlackboxFunction", "blackbox"]
@@ -59,6 +60,10 @@ class BlackboxFunction(Generic[P, R]):
     def seconds(self) -> float:
         """Time spent in those evaluations."""
         return self.count.seconds
+
+    def report(self) -> str:
+        """What gradients have cost, which steps were measured and what was verified, to be printed."""
+        return report_of(self._label, self._options, self._facts, self.count)
 
     @outside_compiled_code
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -28,6 +28,7 @@ from ignite_tbptt.blackbox.node import called, with_known_outputs
 from ignite_tbptt.blackbox.options import Options, make_options
 from ignite_tbptt.blackbox.reach import Reach
 from ignite_tbptt.blackbox.record import ALONE, Record
+from ignite_tbptt.blackbox.report import report_of
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 from ignite_tbptt.random_streams import RandomStreams
 
@@ -325,6 +326,11 @@ class Blackbox(nn.Module):
     def seconds(self) -> float:
         """Time spent in those evaluations."""
         return self.count.seconds
+
+    def report(self) -> str:
+        """What gradients have cost, which steps were measured and what was verified, to be printed."""
+        label = type(self.module).__name__ if self.module is not None else name_of(self.fn)
+        return report_of(label, self._options, self._facts, self.count)
 
     @outside_compiled_code
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox import (
+    Blackbox,
     BoundedStep,
     CentralDifference,
     Estimator,
@@ -249,3 +250,19 @@ def test_on_smooth_functions_the_default_measures_nothing() -> None:
     assert not f._facts.estimators
     assert f.nfev == 18
     assert (x.grad - x.cos()).abs().max() <= 1e-9  # type: ignore[operator]
+
+
+def test_a_report_tells_the_step_the_cost_and_what_was_verified() -> None:
+    f: Any = blackbox(lambda x: np.round(np.sin(x), 4), numpy=True, in_dims=0, estimator=MEASURED["central"])
+    assert f.report().startswith("<lambda>, by Coordinates and a formula of order 2\n  cost: 0 evaluations")
+    x = torch.linspace(0.1, 1, 6, dtype=torch.float64).requires_grad_()
+    f(x).sum().backward()
+    ((found,),) = [list(measured.values()) for measured in f._facts.measurements.values()]
+    report = f.report()
+    assert f"step: {found.step.h:.2g} for differentiated input 0" in report
+    assert f"cost: 2 evaluations in {f.count.calls} calls for 1 gradients, {f.count.probes} to verify them" in report
+    assert "rows: independent, as verified; their points share calls" in report
+    module = Blackbox(torch.nn.Linear(2, 1), estimator=CentralDifference(sparsity=torch.ones(1, 5).bool()))
+    module(torch.ones(2, requires_grad=True)).sum().backward()
+    assert "sparsity: columns that share no output" in module.report()
+    assert module.report().startswith("Linear, by Coordinates")
