@@ -9,6 +9,7 @@ from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCu
 from ignite_tbptt.blackbox.cuts import find_graph_cuts
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference, GaussianSmoothing
+from ignite_tbptt.blackbox.executors import Workers
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
 from ignite_tbptt.blackbox.measured_step import MeasuredStep
@@ -69,6 +70,7 @@ __all__ = [
     "StepSweep",
     "Task",
     "UntrustedGradientWarning",
+    "Workers",
     "backward",
     "banded",
     "bind",

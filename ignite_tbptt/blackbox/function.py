@@ -17,6 +17,7 @@ from torch import nn
 
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.executors import Pool
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, name_of
 from ignite_tbptt.blackbox.module import Blackbox
@@ -97,7 +98,7 @@ def blackbox(
     fn: None = None,
     *,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
@@ -113,7 +114,7 @@ def blackbox(  # type: ignore[overload-overlap]
     fn: nn.Module,
     *,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
@@ -129,7 +130,7 @@ def blackbox(
     fn: Callable[P, R],
     *,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
@@ -144,7 +145,7 @@ def blackbox(
     fn: Callable[..., Any] | None = None,
     *,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
@@ -181,7 +182,8 @@ def blackbox(
         fn: function of tensors, or of numpy arrays; a module is handed to `Blackbox`. Left out, `blackbox` returns a
             decorator.
         estimator: how the gradient is estimated; ``CentralDifference()`` by default.
-        executor: where the evaluations run: anything that is called as the builtin ``map`` is, the ``map`` of a pool
+        executor: where the evaluations run: a pool of ``concurrent.futures``, `Workers` around one for time-outs and
+            retries, or anything that is called as the builtin ``map`` is, the ``map`` of a pool
             say. One after the other by default, and several in a call where in_dims allow it; `SerialEvaluation` and
             `StackedEvaluation` choose one of these.
         in_dims: as in `torch.vmap`, the batch axis of every argument whose rows are independent, None for one that all

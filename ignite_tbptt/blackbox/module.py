@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ignite_tbptt import nest
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.executors import Pool
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import Captured, FlatCall, call_forward, call_module, name_of
 from ignite_tbptt.blackbox.module_state import ModuleState
@@ -166,7 +167,7 @@ def bind(
     *,
     name: str | None = None,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     repeatable: bool = True,
@@ -288,7 +289,7 @@ class Blackbox(nn.Module):
         module_or_fn: Callable[..., Any],
         *,
         estimator: Estimator | None = None,
-        executor: Executor | None = None,
+        executor: Executor | Pool | None = None,
         in_dims: Any = None,
         out_dims: int | Sequence[int | None] | None = 0,
         numpy: bool = False,

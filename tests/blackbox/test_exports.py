@@ -13,6 +13,7 @@ from ignite_tbptt import blackbox as package
 MODULES = [
     "coloring",
     "estimator",
+    "executors",
     "function",
     "measured_step",
     "module",
@@ -59,6 +60,7 @@ EXPORTED = [
     "StepSweep",
     "Task",
     "UntrustedGradientWarning",
+    "Workers",
     "backward",
     "banded",
     "bind",
