@@ -1,0 +1,46 @@
+"""The code of every page runs as it stands, one page after its own beginning; and the page of errors misses none."""
+
+from __future__ import annotations
+
+import logging
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.name != "errors.md" and "_build" not in path.parts)
+# what is meant on a page, and would end a test
+MEANT = ["ignore:the first backward pass left", "ignore:.*its steps were measured"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.filterwarnings(*MEANT)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    logging.disable()
+    try:
+        script = tmp_path / f"{page.stem}.py"
+        script.write_text("\n".join(blocks))  # a file, so that warnings and pickling find it
+        runpy.run_path(str(script), run_name=f"page_{page.stem}")
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]*)\)", page.read_text()):
+            assert (page.parent / f"{target}.md").exists() or (page.parent / target).exists(), (page, target)
+
+
+def test_every_message_is_on_the_page_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    script: dict[str, Any] = runpy.run_path(str(DOCS / "errors.py"))
+    page = script["page_of_errors"]()
+    written = sum(len(script["messages"](path)) for path in script["PACKAGE"].rglob("*.py"))
+    assert page.count("\n- **") == written > 150
+    for part in ("gives other outputs for the same inputs", "has no time events"):
+        assert part in page
