@@ -21,7 +21,7 @@ from torch import Tensor
 from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
 from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.estimator import contract, quotients
+from ignite_tbptt.blackbox.estimator import all_finite, contract, quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Coordinates, Moves
 from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
@@ -292,6 +292,8 @@ def _slopes_of(job: Job, values: Sequence[Tensor]) -> _Slopes:
     point, moves = job.point, job.moves
     dims = point.out_dims if job.rows_move else None
     slopes = quotients(moves, values, point.values, dims)
+    if all(map(all_finite, slopes)):
+        return _Slopes(moves, slopes, False, "")
     missing = torch.zeros(moves.count, dtype=torch.bool)
     for slope, y in zip(slopes, point.values, strict=True):
         lost = slope.isnan()
