@@ -124,7 +124,7 @@ class TimeEngine(WindowEngine):
                     "engine.state.hidden = None to start from an initial one."
                 )
             return
-        place.resume, place.left = resume, hidden
+        place.resume, place.left, place.run_failed = resume, hidden, False
         if not is_running:
             # What an earlier run left here would make the next one go on there, or do nothing at all after an
             # exception.
@@ -136,6 +136,25 @@ class TimeEngine(WindowEngine):
         super().set_data(data)
         self._time.resume = None
         self._time.begin_data(self.state.hidden)
+
+    def _internal_run(self) -> Any:
+        try:
+            return super()._internal_run()
+        except BaseException:
+            self._internal_run_generator = None
+            self._time.run_failed = self._time.resume is None  # else it was refused, and may be resumed with other data
+            raise
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; see `Engine.run`.
+
+        Behind a run that ended in an exception a new one begins, unless a checkpoint is loaded. Ignite's own engine
+        returns None from it at once.
+        """
+        if self._time.run_failed:
+            self._time.run_failed = False
+            self.state.max_epochs = self.state.max_iters = None
+        return super().run(*args, **kwargs)
 
     def _setup_engine(self) -> None:
         # Ignite is about to iterate over the data of a run, behind the handlers of its first EPOCH_STARTED.
@@ -187,7 +206,6 @@ class TimeEngine(WindowEngine):
                 if resume.fingerprint.get(name) != here.get(name)
             ]
             if different:
-                self._internal_run_generator = None  # Ignite leaves it exhausted, and the next run would do nothing
                 raise ValueError(
                     f"the run would go on after batch {position} of other data than the checkpoint's: "
                     f"{'; '.join(different)}. Give the data as they were; or set engine.state.max_epochs = None to "

@@ -49,6 +49,7 @@ class TimeState:
         shared_step: the windows that share the next optimizer step.
         layout_is_unknown: no chunk has shown yet whether the model takes the time axis for time.
         weighs_losses: chunks have a `loss_weight`.
+        run_failed: the run before ended in an exception, and not before it began.
         gradients_were_seen: a first backward has been looked at for parameters without a gradient.
         resume: what a loaded checkpoint asks of the next run.
     """
@@ -66,6 +67,7 @@ class TimeState:
     shared_step: SharedStep = field(default_factory=SharedStep)
     layout_is_unknown: bool = True
     weighs_losses: bool = False
+    run_failed: bool = False
     gradients_were_seen: bool = False
     resume: Resume | None = None
 

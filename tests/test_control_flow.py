@@ -235,3 +235,27 @@ def test_the_evaluator_fires_its_events_and_terminates() -> None:
     assert seen == [1, 2, 2, 3, 4, 4, 5]
     with pytest.raises(ValueError, match="BACKWARD_COMPLETED is not a valid event"):
         evaluator.add_event_handler(Tbptt_Events.BACKWARD_COMPLETED, lambda: None)
+
+
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, Tbptt_Events.BACKWARD_COMPLETED, Events.EPOCH_STARTED])
+def test_the_run_after_one_that_raised_is_a_new_one(event: Any) -> None:
+    """Ignite's own engine returns None from it, and has done nothing."""
+    model = seeded(Forecaster)
+    trainer = create_supervised_tbptt_trainer(model, sgd(model), F.mse_loss, 4, gradient_accumulation_steps=2)
+    raises = [True]
+
+    @trainer.on(event(every=2) if event is not Events.EPOCH_STARTED else event)
+    def fail() -> None:
+        if raises and raises.pop():
+            raise KeyError("a handler")
+
+    with pytest.raises(KeyError):
+        trainer.run(batches(4), max_epochs=2)
+    twin = seeded(Forecaster)
+    twin.load_state_dict(model.state_dict())
+    state = trainer.run(batches(4), max_epochs=2)
+    assert (state.iteration, state.epoch, state.time_iteration) == (8, 2, 24)
+    create_supervised_tbptt_trainer(twin, sgd(twin), F.mse_loss, 4, gradient_accumulation_steps=2).run(
+        batches(4), max_epochs=2
+    )
+    assert same(weights(model), weights(twin))

@@ -118,6 +118,7 @@ CANARIES: dict[str, Callable[[], Any]] = {
     ),
     "_get_data_length": lambda: ran()._get_data_length([1, 2]) == 2,
     "_init_iter": lambda: ran()._init_iter is None,
+    "_internal_run": lambda: "self._internal_run()" in inspect.getsource(Engine.run),
     "_internal_run_generator": lambda: ran()._internal_run_generator is None,
     "_name_": lambda: Events.STARTED._name_ == "STARTED",
     "_setup_engine": lambda: "self._setup_engine()" in inspect.getsource(Engine._internal_run_as_gen),
@@ -171,5 +172,6 @@ def test_the_list_is_complete() -> None:
                     used[name] = path.name
     # set on self, a subclass of Engine, or overridden there
     ignite_own = {"_dataloader_iter", "_init_iter", "_internal_run_generator", "_setup_engine", "_from_iteration"}
+    ignite_own.add("_internal_run")
     missing = {name: where for name, where in used.items() if name not in (own - ignite_own) | CANARIES.keys()}
     assert sorted(missing.items()) == []

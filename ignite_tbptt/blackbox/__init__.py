@@ -4,10 +4,12 @@ import sys
 import types
 from typing import Any
 
+from ignite_tbptt.blackbox.coloring import Banded, banded, detect_sparsity
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference, GaussianSmoothing
+from ignite_tbptt.blackbox.executors import Workers
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
 from ignite_tbptt.blackbox.measured_step import MeasuredStep
@@ -34,6 +36,7 @@ sys.modules[__name__].__class__ = _CallablePackage
 __all__ = [
     "SPSA",
     "AbsoluteStep",
+    "Banded",
     "Blackbox",
     "BlackboxError",
     "BlackboxFunction",
@@ -67,10 +70,13 @@ __all__ = [
     "StepSweep",
     "Task",
     "UntrustedGradientWarning",
+    "Workers",
     "backward",
+    "banded",
     "bind",
     "blackbox",
     "central",
+    "detect_sparsity",
     "estimate_noise",
     "find_graph_cuts",
     "forward",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
+from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Gaussian
 from ignite_tbptt.blackbox.point import Point, evaluate_at, key_of
 from ignite_tbptt.blackbox.stencil import Stencil
@@ -80,10 +81,10 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
     wanted = min(_SAMPLE, sum(point.x[k].numel() for k in needed)) if first else 1
     for turn in range(record.number, record.number + wanted):
         k = needed[turn % len(needed)]
+        position = sum(record.needed[:k])
         if ("coarse", k) in record.facts.told:
             continue
         element = (turn // len(needed) * 0x9E3779B1) % point.x[k].numel()
-        position = sum(record.needed[:k])
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(element), point.x[k].shape))
         message = _compared(point, k, position, index, used)
         if message is not None:
@@ -92,11 +93,29 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
                 record.facts.forget(key_of(record))
                 return
             record.facts.told.add(("coarse", k))
+            if record.options.is_default and not record.facts.measures:
+                record.facts.measures = True
+                measure_steps(record, True)
+                message = _compared(point, k, position, index, used) or _told_of_measuring(point, k, position, index)
             warn(message, UntrustedGradientWarning)
 
 
+def _told_of_measuring(point: Point, k: int, position: int, index: tuple[int, ...]) -> str:
+    estimator = point.record.estimator
+    h = float(estimator.step_size.each(point.x[k], estimator.stencil, point.eps, position).sizes[index].abs())
+    return (
+        f"{point.flat.label} jumps, rounds its inputs or outputs, or solves to a tolerance. So its steps were measured "
+        f"instead of chosen by the precision: {h:.2g} for element {index} of {point.flat.name(k)}. Give estimator="
+        "CentralDifference(step_size=MeasuredStep()) to have them measured without this word"
+    )
+
+
 def _compared(
-    point: Point, k: int, position: int, index: tuple[int, ...], used: Sequence[tuple[int, Tensor]]
+    point: Point,
+    k: int,
+    position: int,
+    index: tuple[int, ...],
+    used: Sequence[tuple[int, Tensor]],
 ) -> str | None:
     estimator = point.record.estimator
     x = float(point.x[k][index])
@@ -156,7 +175,13 @@ def _if_zero(line: _Line, point: Point, k: int, element: str, reach: float) -> s
     if level is None or not rounding < abs(line.slope(level)) < math.inf:
         return None
     settled = level < top and abs(line.slope(level + 1)) < 4 * abs(line.slope(level))
-    alike = _same_to_both_sides(line, level) or (settled and _same_to_both_sides(line, level + 1))
+    if _has_plateaus(line, level):
+        settled = True
+    alike = (
+        _has_plateaus(line, level)
+        or _same_to_both_sides(line, level)
+        or (settled and _same_to_both_sides(line, level + 1))
+    )
     if not (settled or level == top) or not alike:
         return None
     wide = line.h * float(_FACTOR) ** level
@@ -175,6 +200,8 @@ def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
         # Constant nearby. Quanta give a slope that settles and is the same to both sides; a flat or a kinked function
         # gives one that grows, or that is of one side only.
         found = next((level for level, slope in enumerate(slopes) if slope), top)
+        if _has_plateaus(line, found) or (found < top and _has_plateaus(line, found + 1)):
+            return True
         if found == top or abs(slopes[found + 1]) >= 4 * abs(slopes[found]):
             return False
         return _same_to_both_sides(line, found + 1)
@@ -195,6 +222,17 @@ def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
     gap = abs(taken - far)
     settled = abs(far - slopes[top - 1]) < 0.25 * gap
     return settled and all(abs(side - far) < 0.5 * gap for side in line.sides(top - 1))
+
+
+def _has_plateaus(line: _Line, level: int) -> bool:
+    """Whether values other than that at x come exactly again, to both sides: the function comes in quanta."""
+    h = line.h * float(_FACTOR) ** level
+    here = line.phi(0.0)
+    for side in (h, -h):
+        values = [value for i in range(1, 9) if (value := line.phi(side * i / 8)) != here]
+        if len(set(values)) == len(values):
+            return False
+    return True
 
 
 def _same_to_both_sides(line: _Line, level: int) -> bool:

@@ -11,7 +11,6 @@ any step size; the named estimators only fill the slots.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block
-from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Moves, Rademacher, weighted
+from ignite_tbptt.blackbox.coloring import Sparsity
+from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Moves, Rademacher, all_finite, weighted
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, require_positive
 
@@ -29,8 +29,6 @@ __all__ = [
     "Estimator",
     "ForwardDifference",
     "GaussianSmoothing",
-    "all_finite",
-    "contract",
     "quotients",
 ]
 
@@ -60,26 +58,33 @@ class Estimator:
         return self.directions.moves(block, self.stencil, self.step_size, eps, points, draw)
 
 
-def ForwardDifference(step_size: StepSize | None = None) -> Estimator:  # noqa: N802 - reads as a kind of estimator
+def ForwardDifference(  # noqa: N802 - reads as a kind of estimator
+    step_size: StepSize | None = None, *, sparsity: Sparsity = None
+) -> Estimator:
     """One evaluation for each element, or column of independent rows; error O(h).
 
     Args:
         step_size: how far; relative to x and to the precision by default.
+        sparsity: which outputs depend on which inputs, as in `Coordinates`: one evaluation for each colour.
     """
-    return Estimator(forward(), Coordinates(), step_size or RelativeStep())
+    return Estimator(forward(), Coordinates(sparsity), step_size or RelativeStep())
 
 
-def CentralDifference(order: int = 2, step_size: StepSize | None = None) -> Estimator:  # noqa: N802
+def CentralDifference(  # noqa: N802
+    order: int = 2, step_size: StepSize | None = None, *, sparsity: Sparsity = None
+) -> Estimator:
     """Two evaluations for each element with error O(h^2), or four with error O(h^4).
 
     Args:
         order: 2 or 4.
         step_size: how far; relative to x and to the precision by default.
+        sparsity: which outputs depend on which inputs, as in `Coordinates`: the evaluations are those of one element,
+            for each colour.
 
     Raises:
         ValueError: another order.
     """
-    return Estimator(central(order), Coordinates(), step_size or RelativeStep())
+    return Estimator(central(order), Coordinates(sparsity), step_size or RelativeStep())
 
 
 def SPSA(n: int = 1, step_size: StepSize | None = None, seed: int = 0) -> Estimator:  # noqa: N802
@@ -175,53 +180,6 @@ def _along(realised: Tensor, dim: int | None, axes: int) -> Tensor:
     if dim is not None:
         shape[dim + 1] = realised.shape[1]
     return realised.view(shape)
-
-
-def contract(
-    slopes: Sequence[Tensor], cotangents: Sequence[Tensor], dims: Sequence[int] | None, broken: bool = False
-) -> Tensor:
-    """Slopes of <v, f> along each move, (count, rows), each row of the output counting for the row that was moved.
-
-    Args:
-        slopes: of every output, (count, *shape).
-        cotangents: v for each output.
-        dims: the axis of the rows in each output, None where the block has one row only.
-        broken: whether some slopes are NaN, which counts only where v is not 0.
-    """
-    total: Tensor | None = None
-    for k, (slope, cotangent) in enumerate(zip(slopes, cotangents, strict=True)):
-        product = slope * cotangent
-        if broken:
-            product = torch.where((cotangent == 0) & slope.isnan(), 0.0, product)
-        share = _by_row(product, 0 if dims is None else dims[k])
-        if dims is None:
-            share = share.sum(1, keepdim=True)
-        total = share if total is None else total + share
-    assert total is not None
-    if not all_finite(total):
-        # What an output does not depend on takes no part in a cotangent of it that is not finite.
-        with_zeros = [torch.where(slope == 0, 0.0, slope * v) for slope, v in zip(slopes, cotangents, strict=True)]
-        ones = [torch.ones_like(v) for v in cotangents]
-        if any(not all_finite(v) for v in cotangents):
-            return contract(with_zeros, ones, dims, broken=False)
-    return total
-
-
-def _by_row(values: Tensor, dim: int) -> Tensor:
-    """(count, *shape) -> (count, rows), summed over all axes but the one of the rows.
-
-    Where rows are shared this comes before the sum over them all: so that moving one row alone and moving all rows at
-    once add the same numbers in the same order.
-    """
-    if values.dim() <= 2:
-        return values.reshape(len(values), -1)
-    moved = values.movedim(dim + 1, 1) if dim else values
-    return moved.reshape(moved.shape[0], moved.shape[1], -1).sum(-1)
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether all values are; their sum is, unless it overflows, and is looked at first because it costs less."""
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def _wide(tensor: Tensor) -> Tensor:

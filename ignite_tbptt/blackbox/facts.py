@@ -33,6 +33,7 @@ class Facts:
         calls: nodes of forward calls whose graph is alive, by number.
         estimators: the estimator with steps that were measured, by the inputs that they belong to.
         measurements: what was measured for them.
+        measures: whether steps are measured though nobody asked for it, because the default one does not suit.
         draws: whether some evaluation drew random numbers; None before the first.
     """
 
@@ -43,6 +44,7 @@ class Facts:
         self.draws: bool | None = None
         self.estimators: dict[Any, Any] = {}
         self.measurements: dict[Any, Any] = {}
+        self.measures = False
         self._gradients: dict[Any, int] = {}
         self._number = 0
         # of blackboxes that are alive and called alike each draws directions of its own

@@ -17,12 +17,14 @@ from torch import nn
 
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.executors import Pool
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, name_of
 from ignite_tbptt.blackbox.module import Blackbox
 from ignite_tbptt.blackbox.node import called
 from ignite_tbptt.blackbox.options import Options, make_options
 from ignite_tbptt.blackbox.record import Record
+from ignite_tbptt.blackbox.report import report_of
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 
 __all__ = ["BlackboxFunction", "blackbox"]
@@ -60,6 +62,10 @@ class BlackboxFunction(Generic[P, R]):
         """Time spent in those evaluations."""
         return self.count.seconds
 
+    def report(self) -> str:
+        """What gradients have cost, which steps were measured and what was verified, to be printed."""
+        return report_of(self._label, self._options, self._facts, self.count)
+
     @outside_compiled_code
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function on copies of the tensors among the arguments."""
@@ -92,7 +98,7 @@ def blackbox(
     fn: None = None,
     *,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
@@ -108,7 +114,7 @@ def blackbox(  # type: ignore[overload-overlap]
     fn: nn.Module,
     *,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
@@ -124,7 +130,7 @@ def blackbox(
     fn: Callable[P, R],
     *,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
@@ -139,7 +145,7 @@ def blackbox(
     fn: Callable[..., Any] | None = None,
     *,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     numpy: bool = False,
@@ -176,7 +182,8 @@ def blackbox(
         fn: function of tensors, or of numpy arrays; a module is handed to `Blackbox`. Left out, `blackbox` returns a
             decorator.
         estimator: how the gradient is estimated; ``CentralDifference()`` by default.
-        executor: where the evaluations run: anything that is called as the builtin ``map`` is, the ``map`` of a pool
+        executor: where the evaluations run: a pool of ``concurrent.futures``, `Workers` around one for time-outs and
+            retries, or anything that is called as the builtin ``map`` is, the ``map`` of a pool
             say. One after the other by default, and several in a call where in_dims allow it; `SerialEvaluation` and
             `StackedEvaluation` choose one of these.
         in_dims: as in `torch.vmap`, the batch axis of every argument whose rows are independent, None for one that all

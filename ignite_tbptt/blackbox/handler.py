@@ -23,6 +23,7 @@ from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.cut_report import GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts, is_compiled, unwrapped
 from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.executors import Pool
 from ignite_tbptt.blackbox.module import bind, bindings_of
 from ignite_tbptt.blackbox.options import make_options
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
@@ -85,7 +86,7 @@ class FiniteDifferenceGradients:
         modules: ModuleChoice | Iterable[ModuleChoice] | None = None,
         *,
         estimator: Estimator | None = None,
-        executor: Executor | None = None,
+        executor: Executor | Pool | None = None,
         in_dims: Any = None,
         out_dims: int | Sequence[int | None] | None = 0,
         repeatable: bool = True,

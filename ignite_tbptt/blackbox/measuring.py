@@ -51,6 +51,8 @@ def measure_steps(record: Record, again: bool) -> None:
         again: whether steps that are known are to be looked at again.
     """
     estimator, facts, key = record.options.estimator, record.facts, record.inputs_key
+    if facts.measures:
+        estimator = replace(estimator, step_size=MeasuredStep())
     if not asks_for_measuring(estimator.step_size) or (key in facts.estimators and not again):
         return
     point = Point([record])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ignite_tbptt import nest
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.estimator import Estimator
+from ignite_tbptt.blackbox.executors import Pool
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import Captured, FlatCall, call_forward, call_module, name_of
 from ignite_tbptt.blackbox.module_state import ModuleState
@@ -28,6 +29,7 @@ from ignite_tbptt.blackbox.node import called, with_known_outputs
 from ignite_tbptt.blackbox.options import Options, make_options
 from ignite_tbptt.blackbox.reach import Reach
 from ignite_tbptt.blackbox.record import ALONE, Record
+from ignite_tbptt.blackbox.report import report_of
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 from ignite_tbptt.random_streams import RandomStreams
 
@@ -165,7 +167,7 @@ def bind(
     *,
     name: str | None = None,
     estimator: Estimator | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     repeatable: bool = True,
@@ -287,7 +289,7 @@ class Blackbox(nn.Module):
         module_or_fn: Callable[..., Any],
         *,
         estimator: Estimator | None = None,
-        executor: Executor | None = None,
+        executor: Executor | Pool | None = None,
         in_dims: Any = None,
         out_dims: int | Sequence[int | None] | None = 0,
         numpy: bool = False,
@@ -325,6 +327,11 @@ class Blackbox(nn.Module):
     def seconds(self) -> float:
         """Time spent in those evaluations."""
         return self.count.seconds
+
+    def report(self) -> str:
+        """What gradients have cost, which steps were measured and what was verified, to be printed."""
+        label = type(self.module).__name__ if self.module is not None else name_of(self.fn)
+        return report_of(label, self._options, self._facts, self.count)
 
     @outside_compiled_code
     def forward(self, *args: Any, **kwargs: Any) -> Any:

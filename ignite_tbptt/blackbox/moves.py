@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block
+from ignite_tbptt.blackbox.coloring import Coloring, coloring_of
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, steps_around
 
 __all__ = [
+    "ColoredMoves",
     "CoordinateMoves",
     "Coordinates",
     "Directions",
@@ -32,6 +34,8 @@ __all__ = [
     "Orthogonal",
     "Rademacher",
     "RandomMoves",
+    "all_finite",
+    "contract",
 ]
 
 
@@ -75,6 +79,12 @@ class Moves(ABC):
     @abstractmethod
     def gradient(total: Any) -> Tensor:
         """The gradient of the block, (rows, width), from what all moves come to: the sum of dual x slope."""
+
+    def contracted(
+        self, slopes: Sequence[Tensor], cotangents: Sequence[Tensor], dims: Sequence[int] | None, broken: bool
+    ) -> Tensor:
+        """Slopes of <v, f> along each move, (count, rows); see `contract`."""
+        return contract(slopes, cotangents, dims, broken)
 
     @abstractmethod
     def mirrored(self, chosen: Sequence[int]) -> Moves:
@@ -153,6 +163,81 @@ class CoordinateMoves(Moves):
         name, index, layout = self.block.spelled(int(self.columns[move]))
         rows = "" if layout.dim is None else f" (and its like in all {layout.rows} rows)"
         return f"{name}: element {index}{rows} moved by {offset * float(self.steps[move, 0]):+.3g}"
+
+
+@dataclass(frozen=True)
+class ColoredMoves(Moves):
+    """Colours: columns of a block of one row that no output shares, moved at once."""
+
+    block: Block
+    stencil: Stencil
+    coloring: Coloring
+    numbers: Tensor
+    """The colours."""
+    steps: Tensor
+    """Of every column, (width,), signed."""
+
+    @property
+    def count(self) -> int:
+        """Number of moves."""
+        return len(self.numbers)
+
+    def _displacements(self, start: int, stop: int) -> Tensor:
+        colors = self.coloring.colors.to(self.steps.device)
+        return self.steps * (colors == self.numbers[start:stop, None].to(colors.device))
+
+    def points(self, start: int, stop: int) -> Tensor:
+        """See `Moves.points`."""
+        moved = self._displacements(start, stop)
+        return torch.stack([self.block.x + offset * moved for offset in self.stencil.evaluated], 1).unsqueeze(2)
+
+    def realised(self, weights: Sequence[float]) -> Tensor:
+        """See `Moves.realised`: 1, since columns of a colour have steps of their own, by which `contracted` divides."""
+        return torch.ones(self.count, 1, dtype=torch.float64, device=self.steps.device)
+
+    def contracted(
+        self, slopes: Sequence[Tensor], cotangents: Sequence[Tensor], dims: Sequence[int] | None, broken: bool
+    ) -> Tensor:
+        """See `Moves.contracted`: (count, width), where each output counts for the column that it depends on."""
+        outputs = self.coloring.owners.shape[1]
+        if len(slopes) != 1 or slopes[0][0].numel() != outputs:
+            sizes = ", ".join(str(slope[0].numel()) for slope in slopes)
+            raise ValueError(
+                f"sparsity is of {outputs} outputs, but the function gives {len(slopes)} tensors of {sizes} numbers: "
+                "return one tensor, with a number for each row of the pattern"
+            )
+        product = (slopes[0] * cotangents[0]).flatten(1)
+        if broken:
+            product = torch.where((cotangents[0].flatten() == 0) & product.isnan(), 0.0, product)
+        width = self.block.x.shape[1]
+        owners = self.coloring.owners.to(product.device)[self.numbers.to(product.device)]
+        return product.new_zeros(self.count, width + 1).scatter_add_(1, owners, product)[:, :width]
+
+    def added(self, slopes: Tensor, before: Any) -> tuple[ColoredMoves, Tensor]:
+        """See `Moves.added`."""
+        share = slopes.sum(0)
+        return self, share if before is None else before[1] + share
+
+    @staticmethod
+    def gradient(total: tuple[ColoredMoves, Tensor]) -> Tensor:
+        """See `Moves.gradient`."""
+        moves, shares = total
+        weights = moves.stencil.evaluated_weights
+        moved = torch.stack([moves.block.x[0] + offset * moves.steps for offset in moves.stencil.evaluated])
+        return (shares / weighted(_wide(moved.unsqueeze(0)), moves.block.x[0], weights)[0]).unsqueeze(0)
+
+    def mirrored(self, chosen: Sequence[int]) -> ColoredMoves:
+        """See `Moves.mirrored`."""
+        some = self.numbers[torch.tensor(chosen)]
+        return ColoredMoves(self.block, self.stencil.mirrored(), self.coloring, some, self.steps)
+
+    def describe(self, move: int, offset: int) -> str:
+        """See `Moves.describe`."""
+        column = int((self.coloring.colors == self.numbers[move]).nonzero()[0])
+        name, index, _ = self.block.spelled(column)
+        return (
+            f"{name}: element {index} and the others of its colour moved by {offset * float(self.steps[column]):+.3g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -258,14 +343,36 @@ class Directions(Protocol):
 class Coordinates:
     """Every element in turn, or every column of independent rows: exact up to the error of the stencil.
 
-    Costs as many directions as a row has elements, for each tensor that requires grad.
+    Costs as many directions as a row has elements, for each tensor that requires grad; with a `sparsity` as many as the
+    pattern has colours, 3 for a tridiagonal one of any size.
+
+    Example:
+        >>> import torch
+        >>> from ignite_tbptt.blackbox import CentralDifference, banded, blackbox
+        >>> @blackbox(estimator=CentralDifference(sparsity=banded(1, 0)))
+        ... def advance(x):  # each cell and the one before it
+        ...     return (x + 0.1 * torch.diff(x, prepend=x[:1])).detach()
+        >>> x = torch.ones(1000, requires_grad=True)
+        >>> advance(x).sum().backward()
+        >>> advance.nfev
+        4
+
+    Args:
+        sparsity: which outputs depend on which inputs: a bool tensor (outputs, inputs), a matrix of scipy.sparse,
+            `banded(k)` or "elementwise"; see `detect_sparsity`. For functions that return one tensor; it is verified at
+            the first gradient and at gradients 2, 4, 8, ...
     """
+
+    sparsity: Any = None
 
     def moves(
         self, block: Block, stencil: Stencil, step_size: StepSize, eps: float, points: int, draw: int
     ) -> Iterator[Moves]:
         """See `Directions.moves`."""
         sizes, one_sided = block.steps(step_size, stencil, eps)
+        if self.sparsity is not None:
+            yield from self._colored(block, stencil, sizes, one_sided, points)
+            return
         for formula, columns in _by_formula(stencil, one_sided, block.x):
             steps = sizes
             if one_sided is not None and formula is not stencil:
@@ -275,6 +382,21 @@ class Coordinates:
             for start in range(0, len(columns), portion):
                 some = columns[start : start + portion]
                 yield CoordinateMoves(block, formula, some, _columns(steps, some).T)
+
+    def _colored(
+        self, block: Block, stencil: Stencil, sizes: Tensor, one_sided: Tensor | None, points: int
+    ) -> Iterator[Moves]:
+        if block.x.shape[0] > 1:
+            raise ValueError("sparsity and in_dims cannot be said of one blackbox: leave in_dims out")
+        coloring = coloring_of(self.sparsity, block.x.shape[1])
+        formula, steps = stencil, sizes[0]
+        if one_sided is not None:  # then all are, since those of a colour share a formula
+            formula = stencil.one_sided()
+            steps = torch.where(one_sided[0], steps, steps * (stencil.reach / formula.reach))
+        portion = max(1, points // len(formula.evaluated))
+        for start in range(0, coloring.count, portion):
+            numbers = torch.arange(start, min(start + portion, coloring.count))
+            yield ColoredMoves(block, formula, coloring, numbers, steps)
 
 
 @dataclass(frozen=True)
@@ -398,6 +520,53 @@ def _columns(rows: Tensor, columns: range | Tensor) -> Tensor:
     if not isinstance(columns, range):
         return rows[:, columns]
     return rows if len(columns) == rows.shape[1] else rows[:, columns.start : columns.stop]
+
+
+def contract(
+    slopes: Sequence[Tensor], cotangents: Sequence[Tensor], dims: Sequence[int] | None, broken: bool = False
+) -> Tensor:
+    """Slopes of <v, f> along each move, (count, rows), each row of the output counting for the row that was moved.
+
+    Args:
+        slopes: of every output, (count, *shape).
+        cotangents: v for each output.
+        dims: the axis of the rows in each output, None where the block has one row only.
+        broken: whether some slopes are NaN, which counts only where v is not 0.
+    """
+    total: Tensor | None = None
+    for k, (slope, cotangent) in enumerate(zip(slopes, cotangents, strict=True)):
+        product = slope * cotangent
+        if broken:
+            product = torch.where((cotangent == 0) & slope.isnan(), 0.0, product)
+        share = _by_row(product, 0 if dims is None else dims[k])
+        if dims is None:
+            share = share.sum(1, keepdim=True)
+        total = share if total is None else total + share
+    assert total is not None
+    if not all_finite(total):
+        # What an output does not depend on takes no part in a cotangent of it that is not finite.
+        with_zeros = [torch.where(slope == 0, 0.0, slope * v) for slope, v in zip(slopes, cotangents, strict=True)]
+        ones = [torch.ones_like(v) for v in cotangents]
+        if any(not all_finite(v) for v in cotangents):
+            return contract(with_zeros, ones, dims, broken=False)
+    return total
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are; their sum is, unless it overflows, and is looked at first because it costs less."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def _by_row(values: Tensor, dim: int) -> Tensor:
+    """(count, *shape) -> (count, rows), summed over all axes but the one of the rows.
+
+    Where rows are shared this comes before the sum over them all: so that moving one row alone and moving all rows at
+    once add the same numbers in the same order.
+    """
+    if values.dim() <= 2:
+        return values.reshape(len(values), -1)
+    moved = values.movedim(dim + 1, 1) if dim else values
+    return moved.reshape(moved.shape[0], moved.shape[1], -1).sum(-1)
 
 
 def weighted(values: Tensor, origin: Tensor, weights: Sequence[float]) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
+from ignite_tbptt.blackbox.executors import Pool, Workers
 from ignite_tbptt.blackbox.task import Executor, StackedEvaluation
 
 __all__ = ["Options", "make_options"]
@@ -26,6 +27,8 @@ class Options:
     dtype: torch.dtype | None
     numpy: bool
     repeatable: bool
+    is_default: bool = False
+    """Whether no estimator was given, so that the step is measured where the default one does not suit."""
 
     @property
     def must_stack(self) -> bool:
@@ -40,7 +43,7 @@ class Options:
 
 def make_options(
     estimator: Estimator | None,
-    executor: Executor | None,
+    executor: Executor | Pool | None,
     in_dims: Any,
     out_dims: int | Sequence[int | None] | None,
     dtype: torch.dtype | None,
@@ -63,6 +66,8 @@ def make_options(
         raise TypeError(
             f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
         )
+    if hasattr(executor, "submit") and not isinstance(executor, type):
+        executor = Workers(cast("Pool", executor))
     if executor is not None and executor is not map and (isinstance(executor, type) or not callable(executor)):
         raise TypeError(
             f"executor must be called as map(function, tasks) is, got {executor!r}: give the map of a pool, "
@@ -83,4 +88,5 @@ def make_options(
         dtype,
         numpy,
         repeatable,
+        estimator is None,
     )

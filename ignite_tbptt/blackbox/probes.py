@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.coloring import Sparsity, coloring_of
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.flat import Outputs
 from ignite_tbptt.blackbox.moves import Coordinates
@@ -39,6 +40,9 @@ def verify(record: Record, gradients: int) -> Point | None:
             _rows(point)
         elif first and point.floats:
             _look_for_rows(point)
+        sparsity = getattr(record.options.estimator.directions, "sparsity", None)
+        if sparsity is not None and point.floats:
+            _pattern(point, sparsity)
     except BaseException:
         record.facts.forget(key)
         raise
@@ -103,6 +107,38 @@ def _rows(point: Point) -> None:
         record.facts.stackable[key] = _stack(point, moved, one)
 
 
+def _pattern(point: Point, sparsity: Sparsity) -> None:
+    """Move some columns at random, and see whether outputs notice that do not depend on them."""
+    record = point.record
+    moved = [k for k, need in enumerate(record.needed) if need]
+    sizes = [point.x[k].numel() for k in moved]
+    coloring = coloring_of(sparsity, sum(sizes))
+    flat = torch.cat([point.first.tensors[k].flatten() for k in point.floats])
+    rows = coloring.owners.shape[1]
+    if len(flat) != rows:
+        raise ValueError(f"sparsity has {rows} rows, and the outputs of {point.flat.label} have {len(flat)} numbers")
+    density = 1 / (1 + int((coloring.owners < sum(sizes)).sum(0).max()))
+    generator = torch.Generator().manual_seed(record.facts.draw(record.number, record.times) % 2**63)
+    chosen = torch.rand(sum(sizes), generator=generator) < density
+    points = [x.clone() for x in point.x]
+    step_size = record.options.estimator.step_size
+    for position, (k, part) in enumerate(zip(moved, chosen.split(sizes), strict=True)):
+        x = points[k]
+        shift = (point.eps**0.5 * x.abs().clamp(min=1.0)) * part.view(x.shape).to(x)
+        points[k] = step_size.inside(x + shift, position)
+    out = evaluate_at(record, points, "some elements moved, to see whether the pattern holds", 1, point)
+    now = torch.cat([out.tensors[k].flatten() for k in point.floats])
+    changed = ((now != flat) & ~(now.isnan() & flat.isnan())).cpu()
+    wrong = changed & ~coloring.depends_on(chosen)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise BlackboxError(
+            f"sparsity says that output {row} of {point.flat.label} depends on the inputs "
+            f"{coloring.inputs_of(row)[:8]} alone, but it changed when others were moved; "
+            "detect_sparsity(fn, *inputs) finds the pattern, or leave sparsity out"
+        )
+
+
 def _look_for_rows(point: Point) -> None:
     """Note what in_dims=0 would save, where moving row 0 changes no other row."""
     record = point.record
@@ -131,7 +167,7 @@ def _look_for_rows(point: Point) -> None:
 
 
 def _with_rows_moved(point: Point, what: str, which: slice) -> list[Tensor]:
-    """X with other values in some rows, inside the bounds: those of other rows, moved a little."""
+    """The inputs with other values in some rows, inside the bounds: those of other rows, moved a little."""
     moved = [x.clone() for x in point.x]
     step_size = point.record.options.estimator.step_size
     position = -1

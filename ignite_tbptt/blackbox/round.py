@@ -21,14 +21,14 @@ from torch import Tensor
 from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
 from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.estimator import all_finite, contract, quotients
+from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
-from ignite_tbptt.blackbox.moves import Coordinates, Moves
+from ignite_tbptt.blackbox.moves import Coordinates, Moves, all_finite
 from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
 from ignite_tbptt.blackbox.probes import verify
 from ignite_tbptt.blackbox.record import ALONE, Record, autocast_off
 from ignite_tbptt.blackbox.step_size import steps_around
-from ignite_tbptt.blackbox.task import SerialEvaluation, size_of
+from ignite_tbptt.blackbox.task import SerialEvaluation, runs_elsewhere, size_of
 
 __all__ = ["HELD_BYTES", "gradients", "tangents"]
 
@@ -172,23 +172,51 @@ def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[
     alike = _merged(record, others)
     if point is None or len(alike) > 1:
         point = Point(alike)
-    groups = _groups(point)
-    if len(alike) == 1:
-        return _Held(point, [], None), _streamed(point, groups)
-    jobs: list[tuple[Group, Job]] = [
-        (group, Job(point, moves, group.rows_move)) for group in groups for moves in _moves(point, group)
-    ]
-    values = evaluated([job for _, job in jobs]) if jobs else []
-    slopes: dict[Group, list[_Slopes]] = {group: [] for group in groups}
-    for (group, job), value in zip(jobs, values, strict=True):
-        slopes[group].append(_slopes_of(job, value))
-    start = 0
-    for each in alike:
-        rows = _rows(each)
-        each.held = _Held(point, list(slopes.items()), (start, start + rows))
-        start += rows
+    if len(alike) > 1:
+        (slopes,) = _slopes_at_once([point])
+        start = 0
+        for each in alike:
+            rows = _rows(each)
+            each.held = _Held(point, slopes, (start, start + rows))
+            start += rows
+    else:
+        together = _side_by_side(record, others)
+        if len(together) == 1:
+            return _Held(point, [], None), _streamed(point, _groups(point))
+        points = [point, *(Point([other]) for other in together[1:])]
+        for each, own, slopes in zip(together, points, _slopes_at_once(points), strict=True):
+            each.held = _Held(own, slopes, None)
     held, record.held = record.held, None
     return held, held.slopes
+
+
+def _slopes_at_once(points: Sequence[Point]) -> list[list[tuple[Group, list[_Slopes]]]]:
+    """The slopes at several points, whose evaluations go out together."""
+    found: list[dict[Group, list[_Slopes]]] = [{group: [] for group in _groups(point)} for point in points]
+    jobs = [
+        (slopes[group], Job(point, moves, group.rows_move))
+        for point, slopes in zip(points, found, strict=True)
+        for group in slopes
+        for moves in _moves(point, group)
+    ]
+    for (slopes_of_group, job), value in zip(jobs, evaluated([job for _, job in jobs]) if jobs else [], strict=True):
+        slopes_of_group.append(_slopes_of(job, value))
+    return [list(slopes.items()) for slopes in found]
+
+
+def _side_by_side(record: Record, others: Sequence[Record]) -> list[Record]:
+    """The records whose evaluations go out together to the workers of a pool, within the budget."""
+    options = record.options
+    if not runs_elsewhere(options.executor) or not isinstance(options.estimator.directions, Coordinates):
+        return [record]
+    together, room = [record], HELD_BYTES - _held_size(record)
+    for other in others:
+        room -= _held_size(other)
+        if room < 0:
+            break
+        measure_steps(other, False)
+        together.append(other)
+    return together
 
 
 def _rows(record: Record) -> int:
@@ -242,7 +270,8 @@ def _fits(record: Record, other: Record) -> bool:
 def _held_size(record: Record) -> int:
     """Bytes of the slopes of all outputs of a record."""
     directions = 0
-    for tensor, need, dim in zip(record.tensors, record.needed, record.flat.in_dims or (), strict=True):
+    in_dims = record.flat.in_dims or [None] * len(record.tensors)
+    for tensor, need, dim in zip(record.tensors, record.needed, in_dims, strict=True):
         if need:
             directions += tensor.numel() // (1 if dim is None else max(1, tensor.shape[dim]))
     return directions * 8 * sum(tensor.numel() for tensor in record.outputs.tensors)
@@ -349,7 +378,8 @@ def _contracted_once(record: Record, held: _Held, slopes: Any, cotangents: Cotan
             if slope.broken:
                 _check_finite(record, slope, outputs, [k for _, k in used], v)
             moves = slope.moves
-            total = moves.added(contract(outputs, v, dims if group.rows_move else None, slope.broken), total)
+            rows = dims if group.rows_move else None
+            total = moves.added(moves.contracted(outputs, v, rows, slope.broken), total)
         if moves is not None:
             found.append((group, moves.gradient(total)))
     return found

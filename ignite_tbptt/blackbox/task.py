@@ -206,6 +206,13 @@ class EvaluationCount:
         ) from error
 
 
+def runs_elsewhere(executor: Executor) -> bool:
+    """Whether an executor may run calls at the same time, and not in the caller's thread alone."""
+    if isinstance(executor, (SerialEvaluation, StackedEvaluation)):
+        executor = executor.executor
+    return executor is not map
+
+
 def size_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of all tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

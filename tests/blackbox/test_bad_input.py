@@ -140,7 +140,7 @@ def test_a_domain_that_ends_does_not_hide_the_quanta() -> None:
         UntrustedGradientWarning,
         match=r"f is not smooth .* slope is 0 at the step .*GaussianSmoothing\(n, sigma=0\.25\)",
     ):
-        blackbox(f)(ones(2) * 0.99).sum().backward()
+        blackbox(f, estimator=CentralDifference())(ones(2) * 0.99).sum().backward()
 
 
 def test_all_differences_zero_tells_the_step_and_the_quantum() -> None:
@@ -148,7 +148,7 @@ def test_all_differences_zero_tells_the_step_and_the_quantum() -> None:
         return (torch.floor(x.detach() * 8) / 8).double()
 
     x = torch.full((3,), 0.51, dtype=torch.float64, requires_grad=True)
-    wrapped = blackbox(f)
+    wrapped = blackbox(f, estimator=CentralDifference())
     with pytest.warns(
         UntrustedGradientWarning,
         match=r"f is not smooth .* slope is 0 at the step .*GaussianSmoothing\(n, sigma=0\.25\)",

@@ -10,10 +10,23 @@ import pytest
 
 from ignite_tbptt import blackbox as package
 
-MODULES = ["estimator", "function", "measured_step", "module", "moves", "noise", "step_size", "stencil", "sweep"]
+MODULES = [
+    "coloring",
+    "estimator",
+    "executors",
+    "function",
+    "measured_step",
+    "module",
+    "moves",
+    "noise",
+    "stencil",
+    "step_size",
+    "sweep",
+]
 EXPORTED = [
     "SPSA",
     "AbsoluteStep",
+    "Banded",
     "Blackbox",
     "BlackboxError",
     "BlackboxFunction",
@@ -47,10 +60,13 @@ EXPORTED = [
     "StepSweep",
     "Task",
     "UntrustedGradientWarning",
+    "Workers",
     "backward",
+    "banded",
     "bind",
     "blackbox",
     "central",
+    "detect_sparsity",
     "estimate_noise",
     "find_graph_cuts",
     "forward",

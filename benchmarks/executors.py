@@ -1,0 +1,124 @@
+"""What do threads and processes gain for evaluations that take 10 ms, and what does each cost by itself?
+
+64 evaluations for the gradient of 32 numbers by central differences: of a function that sleeps, as one that waits for
+another machine does, and of one that computes. Then a function that does nothing, for the cost of an evaluation alone.
+Last a recurrent model whose 20 steps each call a simulator of 10 ms: forward and backward, where the evaluations of the
+whole window go out together. Serial and parallel take turns; figures are medians.
+
+    OMP_NUM_THREADS=1 python benchmarks/executors.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from ignite_tbptt.blackbox import CentralDifference, Workers, blackbox
+
+MILLISECONDS = 10
+
+
+def sleeping(x: Any) -> Any:
+    time.sleep(MILLISECONDS / 1000)
+    return np.sin(x)
+
+
+def computing(x: Any) -> Any:
+    end, value = time.thread_time() + MILLISECONDS / 1000, 0.0
+    while time.thread_time() < end:
+        value += math.sin(value)
+    return np.sin(x)
+
+
+def nothing(x: Any) -> Any:
+    return x * 2
+
+
+def gradient(f: Any, x: torch.Tensor) -> Callable[[], None]:
+    def run() -> None:
+        x.grad = None
+        f(x).sum().backward()
+
+    return run
+
+
+def compare(title: str, fn: Any, executors: dict[str, Any], rounds: int, size: int = 32) -> None:
+    x = torch.linspace(0, 1, size, dtype=torch.float64).requires_grad_()
+    fs = {
+        name: blackbox(fn, numpy=True, executor=executor, estimator=CentralDifference())
+        for name, executor in executors.items()
+    }
+    for f in fs.values():  # verified at gradients 1, 2, 4
+        for _ in range(4):
+            gradient(f, x)()
+    times: dict[str, list[float]] = {name: [] for name in fs}
+    for _ in range(rounds):
+        for name, f in fs.items():
+            start = time.perf_counter()
+            gradient(f, x)()
+            times[name].append(time.perf_counter() - start)
+    serial = statistics.median(times["serial"])
+    for name, taken in times.items():
+        middle = statistics.median(taken)
+        print(f"{title:34}{name:24}{middle * 1e3:>10.1f} ms{serial / middle:>8.2f}x", flush=True)
+
+
+def window(threads: ThreadPoolExecutor) -> None:
+    steps = 20
+    inputs = torch.randn(steps, 2, dtype=torch.float64)
+
+    def simulator(x: Any, h: Any) -> Any:
+        time.sleep(MILLISECONDS / 1000)
+        return np.tanh(x + 0.5 * h)
+
+    gain = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    f: Any = blackbox(simulator, numpy=True, executor=threads, estimator=CentralDifference())
+
+    def run() -> tuple[float, float]:
+        gain.grad, h = None, torch.zeros(2, dtype=torch.float64)
+        start = time.perf_counter()
+        for x in inputs:
+            h = f(x * gain, h * gain)
+        middle = time.perf_counter()
+        h.sum().backward()
+        return middle - start, time.perf_counter() - middle
+
+    for _ in range(2):
+        run()
+    forward, backward = (statistics.median(part) for part in zip(*(run() for _ in range(3)), strict=True))
+    ideal = 8 * steps / 16 * MILLISECONDS / 1000
+    print(
+        f"window of {steps} steps, 4 numbers each, on 16 threads: forward {forward * 1e3:.0f} ms, backward "
+        f"{backward * 1e3:.0f} ms; its {8 * steps} evaluations take {ideal * 1e3:.0f} ms at best"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Gradients on threads and processes, beside one after the other.")
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    warnings.simplefilter("ignore")
+    with ThreadPoolExecutor(16) as threads, ProcessPoolExecutor(2) as processes:
+        compare("64 evaluations that sleep", sleeping, {"serial": None, "16 threads": threads}, rounds)
+        compare("64 evaluations that compute", computing, {"serial": None, "2 processes": processes}, rounds)
+        pools = {
+            "serial": None,
+            "16 threads": threads,
+            "with a time-out": Workers(threads, 60),
+            "2 processes": processes,
+        }
+        compare("64 evaluations of nothing", nothing, pools, 10 * rounds)
+        window(threads)
+
+
+if __name__ == "__main__":
+    main()

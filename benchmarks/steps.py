@@ -1,0 +1,241 @@
+"""How good is a measured step, and what does the default do with the programs of practice?
+
+First, functions whose length scales differ: the relative error of forward, central and fourth-order differences with
+the default step and with `MeasuredStep`, beside scipy's ``approx_derivative``, and what the search cost. Then programs
+that print few digits, work on 8-bit images or solve to a tolerance: the median error of the default ``blackbox(fn,
+numpy=True)`` over draws of x, beside that of its fixed step, and how often it said a word. Then noise that is added.
+
+    python benchmarks/steps.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import integrate, optimize
+from scipy.optimize._numdiff import approx_derivative
+
+from ignite_tbptt.blackbox import (
+    CentralDifference,
+    Estimator,
+    ForwardDifference,
+    MeasuredStep,
+    blackbox,
+    estimate_noise,
+    step_sweep,
+)
+
+Function = Callable[[Any], Any]
+
+SMOOTH: dict[str, tuple[Function, float, Callable[[float], float]]] = {
+    "exp(x) at 1": (np.exp, 1.0, math.exp),
+    "exp(-x/1e6) at 1": (lambda x: np.exp(-x / 1e6), 1.0, lambda x: -1e-6 * math.exp(-1e-6 * x)),
+    "sin(100 x) at 0.3": (lambda x: np.sin(100 * x), 0.3, lambda x: 100 * math.cos(100 * x)),
+    "log(x) at 1e-3": (np.log, 1e-3, lambda x: 1 / x),
+    "sqrt(x) at 1e-6": (np.sqrt, 1e-6, lambda x: 0.5 / math.sqrt(x)),
+    "1/x at 1": (lambda x: 1 / x, 1.0, lambda x: -1 / x**2),
+    "1/x at 1e-4": (lambda x: 1 / x, 1e-4, lambda x: -1 / x**2),
+    "arctan(x) at 0.5": (np.arctan, 0.5, lambda x: 1 / (1 + x * x)),
+    "arctan(1000 x) at 1e-3": (lambda x: np.arctan(1000 * x), 1e-3, lambda x: 1000 / (1 + 1e6 * x * x)),
+    "x^10 at 1": (lambda x: x**10, 1.0, lambda x: 10 * x**9),
+    "x^3 + x at 0": (lambda x: x**3 + x, 0.0, lambda x: 3 * x * x + 1),
+    "1e6 + sin(x) at 1": (lambda x: 1e6 + np.sin(x), 1.0, math.cos),
+    "exp(-x^2) at 0.7": (lambda x: np.exp(-(x**2)), 0.7, lambda x: -2 * x * math.exp(-x * x)),
+    "sin(x)/x at 1e-2": (lambda x: np.sin(x) / x, 1e-2, lambda x: math.cos(x) / x - math.sin(x) / x**2),
+    "log(cosh(x)) at 3": (lambda x: np.log(np.cosh(x)), 3.0, math.tanh),
+    "x^2 at 1e5": (lambda x: x * x, 1e5, lambda x: 2 * x),
+}
+
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    "forward": lambda step=None: ForwardDifference(step),
+    "central": lambda step=None: CentralDifference(step_size=step),
+    "order 4": lambda step=None: CentralDifference(4, step),
+}
+
+
+def _curve(x: Any) -> Any:
+    return np.sin(x) * np.exp(0.3 * x) + x * x
+
+
+def _each(f: Callable[[float], float]) -> Function:
+    return lambda x: np.array([f(float(v)) for v in x])
+
+
+def _image(x: float) -> float:
+    line = np.linspace(0, 1, 64)
+    pixels = np.clip(np.round((0.5 + 0.5 * np.sin(3 * line + x)) * 255), 0, 255) / 255
+    return float(((pixels - line) ** 2).mean())
+
+
+def _smooth_image(x: float) -> float:
+    line = np.linspace(0, 1, 64)
+    return float(((0.5 + 0.5 * np.sin(3 * line + x) - line) ** 2).mean())
+
+
+def _oscillator(method: str, **options: Any) -> Callable[[float], float]:
+    def f(x: float) -> float:
+        def field(t: float, y: Any) -> list[float]:
+            return [y[1], x * (1 - y[0] ** 2) * y[1] - y[0]]
+
+        return float(integrate.solve_ivp(field, (0, 8), [2.0, 0.0], method=method, **options).y[0, -1])
+
+    return f
+
+
+def _nelder_mead(x: float) -> float:
+    def distance(p: Any) -> float:
+        return float((p[0] - math.sin(x)) ** 2 + (p[1] - x * p[0]) ** 2)
+
+    return float(optimize.minimize(distance, [0, 0], method="Nelder-Mead").x[1])
+
+
+_SAMPLES = np.random.default_rng(0).random(100_000)
+_PRECISE = _oscillator("DOP853", rtol=1e-12, atol=1e-12)
+
+PROGRAMS: dict[str, tuple[Function, Function]] = {
+    **{
+        f"prints {form}": (_each(lambda v, form=form: float(form % _curve(v))), _curve)
+        for form in ("%.3f", "%.4f", "%g", "%.3e")
+    },
+    "input printed by %g": (_each(lambda v: float(_curve(float(f"{v:g}")))), _curve),
+    "8-bit image": (_each(_image), _each(_smooth_image)),
+    "bisection, xtol 1e-6": (
+        _each(lambda v: optimize.bisect(lambda r: r**3 + r - v - 2, -5, 5, xtol=1e-6)),
+        _each(lambda v: optimize.brentq(lambda r: r**3 + r - v - 2, -5, 5, xtol=1e-14)),
+    ),
+    "Nelder-Mead inside": (_each(_nelder_mead), lambda x: x * np.sin(x)),
+    "solve_ivp RK45, defaults": (_each(_oscillator("RK45")), _each(_PRECISE)),
+    "solve_ivp LSODA, defaults": (_each(_oscillator("LSODA")), _each(_PRECISE)),
+    "sampler, 1e5 shots": (
+        _each(lambda v: float((1 / (1 + math.exp(-v)) > _SAMPLES).mean())),
+        lambda x: 1 / (1 + np.exp(-x)),
+    ),
+    "float32 inside": (lambda x: _curve(x.astype(np.float32)).astype(np.float64), _curve),
+}
+
+
+def gradient(fn: Function, x: float, **options: Any) -> tuple[float, Any, int]:
+    """Return the derivative by `blackbox`, the blackbox, and how many warnings it gave."""
+    t = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+    f: Any = blackbox(fn, numpy=True, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        f(t).sum().backward()
+    assert t.grad is not None
+    return t.grad.item(), f, len(caught)
+
+
+def reference(fn: Function, x: float) -> float:
+    """Return a slope that is good to eight digits, of a function without jumps."""
+    h = 1e-3
+    values = fn(np.array([x + 2 * h, x + h, x - h, x - 2 * h]))
+    return float((-values[0] + 8 * values[1] - 8 * values[2] + values[3]) / (12 * h))
+
+
+def smooth() -> None:
+    names = [*ESTIMATORS, *(f"{name}, measured" for name in ESTIMATORS), "scipy 2-point", "scipy 3-point"]
+    print(f"{'relative error':24}" + "".join(f"{name:>19}" for name in names) + f"{'evaluations':>13}")
+    for title, (fn, x, derivative) in SMOOTH.items():
+        exact, found, searches = derivative(x), {}, []
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, make in ESTIMATORS.items():
+                try:
+                    found[name] = gradient(fn, x, estimator=make())[0]
+                except Exception:  # the step leads out of the domain
+                    found[name] = math.nan
+                value, f, _ = gradient(fn, x, estimator=make(MeasuredStep()))
+                found[f"{name}, measured"] = value
+                searches.append(f.count.probes)
+            for method in ("2-point", "3-point"):
+                found[f"scipy {method}"] = float(approx_derivative(fn, x, method=method)[0])
+        errors = {name: abs(value - exact) / abs(exact) for name, value in found.items()}
+        print(f"{title:24}" + "".join(f"{errors[name]:>19.1e}" for name in names) + f"{searches!s:>17}", flush=True)
+
+
+def programs(draws: int) -> None:
+    print(f"\n{'median relative error over ' + str(draws) + ' draws':32}{'fixed step':>12}{'default':>10}{'told':>8}")
+    draw = np.random.default_rng(1)
+    for title, (fn, exact) in PROGRAMS.items():
+        fixed, default, told = [], [], 0
+        for x in draw.uniform(0.3, 2.0, draws):
+            true = reference(exact, x)
+            fixed.append(abs(gradient(fn, x, estimator=CentralDifference())[0] - true) / abs(true))
+            value, _, warned = gradient(fn, x)
+            default.append(abs(value - true) / abs(true))
+            told += bool(warned)
+        middle = statistics.median
+        print(f"{title:32}{middle(fixed):>12.1e}{middle(default):>10.1e}{told:>5}/{draws}", flush=True)
+
+
+def noise(points: int) -> None:
+    print(f"\n{'Rosenbrock-4 with noise':26}{'within 1/4 to 4':>16}{'median error, measured':>24}")
+    generator = np.random.default_rng(2)
+
+    def rosenbrock(x: Any) -> Any:
+        return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+    for sigma in (1e-8, 1e-6, 1e-4, 1e-2, 1e-1):
+
+        def noisy(x: Any, sigma: float = sigma) -> Any:
+            return rosenbrock(x) + sigma * generator.standard_normal()
+
+        good, errors = 0, []
+        for _ in range(points):
+            x = torch.from_numpy(generator.uniform(-1, 1, 4)).requires_grad_()
+            good += bool(0.25 <= estimate_noise(noisy, x, numpy=True).level / sigma <= 4)
+            f: Any = blackbox(
+                noisy, numpy=True, repeatable=False, estimator=CentralDifference(step_size=MeasuredStep())
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                f(x).backward()
+            y = x.detach().requires_grad_()
+            value = (100 * (y[1:] - y[:-1] ** 2) ** 2 + (1 - y[:-1]) ** 2).sum()
+            (true,) = torch.autograd.grad(value, y)
+            errors.append(float((x.grad - true).norm() / true.norm()))  # type: ignore[operator]
+        print(f"{sigma:<26.0e}{good / points:>16.2f}{statistics.median(errors):>24.1e}", flush=True)
+
+
+def draw(path: Path) -> None:
+    """Draw error against step for a program that prints four digits, and where the measured step lies."""
+    from matplotlib.figure import Figure
+
+    fn, x = PROGRAMS["prints %.4f"][0], torch.tensor([1.1], dtype=torch.float64)
+    sweep = step_sweep(fn, x, numpy=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = sweep.plot(figure.subplots())
+    _, f, _ = gradient(fn, 1.1, estimator=CentralDifference(step_size=MeasuredStep()))
+    (kept,) = f._facts.estimators.values()
+    h = float(kept.step_size.each(x, kept.stencil, 2.0**-52).sizes)
+    axes.axvline(h, color="tab:red", label=f"measured {h:.2g}")
+    axes.axvline(2.0**-17, color="tab:green", linestyle=":", label="default of float64")
+    axes.set(title="A program that prints four decimals")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"\ndrawn: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measured steps on smooth functions and on the programs of practice.")
+    parser.add_argument("--draws", type=int, default=20, help="of x for each program")
+    parser.add_argument("--points", type=int, default=100, help="for each level of noise")
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    smooth()
+    programs(given.draws)
+    noise(given.points)
+    draw(given.output / "steps.png")
+
+
+if __name__ == "__main__":
+    main()
