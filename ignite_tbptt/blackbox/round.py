@@ -23,7 +23,7 @@ from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
-from ignite_tbptt.blackbox.moves import Coordinates, Moves
+from ignite_tbptt.blackbox.moves import Coordinates, Moves, all_finite
 from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
 from ignite_tbptt.blackbox.probes import verify
 from ignite_tbptt.blackbox.record import ALONE, Record, autocast_off
@@ -321,6 +321,8 @@ def _slopes_of(job: Job, values: Sequence[Tensor]) -> _Slopes:
     point, moves = job.point, job.moves
     dims = point.out_dims if job.rows_move else None
     slopes = quotients(moves, values, point.values, dims)
+    if all(map(all_finite, slopes)):
+        return _Slopes(moves, slopes, False, "")
     missing = torch.zeros(moves.count, dtype=torch.bool)
     for slope, y in zip(slopes, point.values, strict=True):
         lost = slope.isnan()

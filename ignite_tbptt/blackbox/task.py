@@ -8,6 +8,7 @@ and `SerialEvaluation` say the one, and take an executor for the other. Pairs wi
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -63,7 +64,7 @@ def run(task: Task) -> Result:
     """Evaluate; an exception is part of the result."""
     start = time.perf_counter()
     try:
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             if task.streams is None:
                 value = _evaluated(task)
             else:
