@@ -5,6 +5,7 @@ import types
 from typing import Any
 
 from ignite_tbptt.blackbox.coloring import Banded, banded, detect_sparsity
+from ignite_tbptt.blackbox.command import blackbox_from_command
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
@@ -12,6 +13,7 @@ from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, 
 from ignite_tbptt.blackbox.executors import Workers
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
+from ignite_tbptt.blackbox.journal import Journaled
 from ignite_tbptt.blackbox.measured_step import MeasuredStep
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
 from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
@@ -56,6 +58,7 @@ __all__ = [
     "GaussianSmoothing",
     "GraphCut",
     "GraphCutReport",
+    "Journaled",
     "MeasuredStep",
     "NoiseEstimate",
     "Orthogonal",
@@ -75,6 +78,7 @@ __all__ = [
     "banded",
     "bind",
     "blackbox",
+    "blackbox_from_command",
     "central",
     "detect_sparsity",
     "estimate_noise",

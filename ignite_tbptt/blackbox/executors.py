@@ -11,11 +11,13 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ignite_tbptt.blackbox.task import Result, Task
+from ignite_tbptt.blackbox.travel import as_bytes, received, run_elsewhere
 
 __all__ = ["Pool", "Workers"]
 
@@ -72,7 +74,7 @@ class Workers:
 
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
         """See `Executor`."""
-        waiting: deque[tuple[Task, Future[Result]]] = deque()
+        waiting: deque[tuple[Task, Future[Any]]] = deque()
         try:
             for task in tasks:
                 waiting.append((task, self._submitted(function, task)))
@@ -84,15 +86,19 @@ class Workers:
             for _, future in waiting:
                 future.cancel()
 
-    def _submitted(self, function: Callable[[Task], Result], task: Task) -> Future[Result]:
+    def _submitted(self, function: Callable[[Task], Result], task: Task) -> Future[Any]:
         try:
-            return self.executor.submit(function, task)
-        except RuntimeError as error:  # a pool that was shut down, or is broken
-            refused: Future[Result] = Future()
+            if isinstance(self.executor, ThreadPoolExecutor):
+                if self.retries:  # the function may change its points
+                    task = replace(task, points=[point.clone() for point in task.points])
+                return self.executor.submit(function, task)
+            return self.executor.submit(run_elsewhere, *as_bytes(function, task))
+        except Exception as error:  # a pool that was shut down or is broken, and whatever pickling raises
+            refused: Future[Any] = Future()
             refused.set_exception(error)
             return refused
 
-    def _next(self, function: Callable[[Task], Result], waiting: deque[tuple[Task, Future[Result]]]) -> Result:
+    def _next(self, function: Callable[[Task], Result], waiting: deque[tuple[Task, Future[Any]]]) -> Result:
         task, future = waiting.popleft()
         for attempt in range(self.retries + 1):
             result = self._result(future, [other for _, other in waiting])
@@ -101,16 +107,17 @@ class Workers:
             future = self._submitted(function, task)
         raise AssertionError("the loop returns")
 
-    def _result(self, future: Future[Result], others: list[Future[Result]]) -> Result:
+    def _result(self, future: Future[Any], others: list[Future[Any]]) -> Result:
         start = time.perf_counter()
         try:
             if self.timeout is not None:
                 self._wait(future, others, self.timeout)
-            return future.result()
+            result = future.result()
+            return result if isinstance(result, Result) else received(result)
         except Exception as error:
             return Result(None, _explained(error), time.perf_counter() - start)
 
-    def _wait(self, future: Future[Result], others: list[Future[Result]], timeout: float) -> None:
+    def _wait(self, future: Future[Any], others: list[Future[Any]], timeout: float) -> None:
         """Wait until an evaluation is done; its time runs from when it, or another in its stead, last made progress."""
         done, since = sum(other.done() for other in others), time.monotonic()
         while not future.done():

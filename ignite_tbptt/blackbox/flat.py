@@ -9,7 +9,10 @@ which. `Outputs` are taken in the precision in which they came, each in memory o
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,6 +64,35 @@ def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def call_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a module without its own hooks."""
     return module.forward(*args, **kwargs)
+
+
+def _named(module: str, qualname: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _undecorated(module: str, qualname: str) -> Any:
+    return _named(module, qualname).__wrapped__
+
+
+def _is_decorated(fn: Callable[..., Any]) -> bool:
+    """Whether what has the name of a function is made of it, so that it cannot be pickled by its name."""
+    if not isinstance(fn, types.FunctionType) or fn.__module__ not in sys.modules:
+        return False
+    found = _named(fn.__module__, fn.__qualname__)
+    return found is not fn and getattr(found, "__wrapped__", None) is fn
+
+
+class _Undecorated:
+    """A decorated function, pickled as what is inside of the one that has its name."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+
+    def __reduce__(self) -> Any:
+        return _undecorated, (self.fn.__module__, self.fn.__qualname__)
 
 
 class FlatCall:
@@ -145,7 +177,7 @@ class FlatCall:
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_originals": {}}
+        return {**vars(self), "_originals": {}, "fn": _Undecorated(self.fn) if _is_decorated(self.fn) else self.fn}
 
     def first_time(self, *tensors: Tensor) -> Any:
         """The value of the function in the call itself, where modules are not copies but the caller's own."""
@@ -184,6 +216,11 @@ class FlatCall:
         if pairs is None:
             return value
         return nest.rebuild(value, [self._put(child, tensors, originals) for _, child in pairs])
+
+    @property
+    def identity(self) -> Any:
+        """Which function it is, whatever its arguments are."""
+        return type(self.states[0].forward.__self__).forward if self._module_first else self.fn  # type: ignore[attr-defined]
 
     @property
     def key(self) -> Any:

@@ -52,6 +52,16 @@ class ModuleState:
         every = dict(module.named_parameters())
         return cls(module, every), [p for p in every.values() if p.requires_grad]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """In another process parameters are other objects; their values stay here, every evaluation brings its own."""
+        memo = {ident: nn.Parameter(torch.empty(0)) for ident in self._ids}
+        return {"names": self.names, "shared": self.shared, "module": _twin(self._module, memo, None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names, module = set(state["names"]), state["module"]
+        parameters = {name: p for name, p in module.named_parameters() if name in names}
+        vars(self).update(vars(ModuleState(module, parameters)), shared=state["shared"])
+
     @functools.cached_property
     def key(self) -> Any:
         """Equal where two states give the same function; None where that cannot be told."""

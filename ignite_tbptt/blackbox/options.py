@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.executors import Pool, Workers
-from ignite_tbptt.blackbox.task import Executor, StackedEvaluation
+from ignite_tbptt.blackbox.journal import Journaled
+from ignite_tbptt.blackbox.task import Executor, SerialEvaluation, StackedEvaluation
 
-__all__ = ["Options", "make_options"]
+__all__ = ["Options", "make_options", "on_pool"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ class Options:
         return "cpu" if self.numpy else None
 
 
+def on_pool(executor: Any) -> Any:
+    """An executor, made of a pool where one was given."""
+    if isinstance(executor, (SerialEvaluation, StackedEvaluation)):
+        return replace(executor, executor=on_pool(executor.executor))
+    if isinstance(executor, Journaled):
+        executor.executor = on_pool(executor.executor)
+        return executor
+    return Workers(executor) if hasattr(executor, "submit") and not isinstance(executor, type) else executor
+
+
 def make_options(
     estimator: Estimator | None,
     executor: Executor | Pool | None,
@@ -66,8 +77,7 @@ def make_options(
         raise TypeError(
             f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
         )
-    if hasattr(executor, "submit") and not isinstance(executor, type):
-        executor = Workers(cast("Pool", executor))
+    executor = on_pool(executor)
     if executor is not None and executor is not map and (isinstance(executor, type) or not callable(executor)):
         raise TypeError(
             f"executor must be called as map(function, tasks) is, got {executor!r}: give the map of a pool, "

@@ -12,6 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor as Pool
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -115,14 +116,14 @@ class SerialEvaluation:
     """
 
     chunk_bytes: int = 2**20
-    executor: Executor = map
+    executor: Executor | Pool = map
 
     def __post_init__(self) -> None:
         _check_bytes("chunk_bytes", self.chunk_bytes)
 
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterable[Result]:
         """See `Executor`."""
-        return self.executor(function, tasks)
+        return self.executor(function, tasks)  # type: ignore[operator]  # options make one of a pool
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class StackedEvaluation:
     """
 
     stack_bytes: int = 2**19
-    executor: Executor = map
+    executor: Executor | Pool = map
     required: bool = True
 
     def __post_init__(self) -> None:
@@ -151,7 +152,7 @@ class StackedEvaluation:
 
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterable[Result]:
         """See `Executor`."""
-        return self.executor(function, tasks)
+        return self.executor(function, tasks)  # type: ignore[operator]  # options make one of a pool
 
 
 @dataclass
@@ -206,7 +207,7 @@ class EvaluationCount:
         ) from error
 
 
-def runs_elsewhere(executor: Executor) -> bool:
+def runs_elsewhere(executor: Any) -> bool:
     """Whether an executor may run calls at the same time, and not in the caller's thread alone."""
     if isinstance(executor, (SerialEvaluation, StackedEvaluation)):
         executor = executor.executor

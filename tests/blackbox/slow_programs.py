@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ignite_tbptt.blackbox import blackbox
 
 
 def wave(x: Any, w: Any) -> Any:
@@ -45,3 +47,50 @@ class Once:
             time.sleep(2.0)
         if self.how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def noisy_away_from_one(x: Tensor) -> Tensor:
+    return x.detach() ** 2 + (0 if bool((x == 1).all()) else torch.rand(()))
+
+
+@blackbox
+def decorated(x: Tensor) -> Tensor:
+    return (x * 3).cos().detach()
+
+
+def of_many(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([tensor.detach() for tensor in tensors]).prod(0)
+
+
+def changes_its_input(x: Tensor) -> Tensor:
+    x.mul_(2)
+    return x.detach().clone().sin()
+
+
+class UnsendableError(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def raises_what_cannot_be_pickled(x: Tensor) -> Tensor:
+    if bool((x != 1).any()):
+        raise UnsendableError(7, 8)
+    return x.detach()
+
+
+class Simulator(nn.Module):
+    """With a weight that is shared, one that is frozen, a buffer and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer, self.frozen = nn.Linear(3, 3).double(), nn.Linear(3, 2).double().requires_grad_(False)
+        self.tied, self.dropout = self.layer, nn.Dropout(0.3)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = torch.from_numpy(np.tanh(self.tied(self.layer(x)).detach().numpy()))
+        out: Tensor = self.frozen(self.dropout(y)) * self.calls
+        return out

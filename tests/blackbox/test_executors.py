@@ -14,8 +14,28 @@ import numpy as np
 import pytest
 import torch
 
-from ignite_tbptt.blackbox import BlackboxError, CentralDifference, Result, Task, Workers, blackbox
-from tests.blackbox.slow_programs import Once, noisy_wave, wave
+from ignite_tbptt.blackbox import (
+    Blackbox,
+    BlackboxError,
+    CentralDifference,
+    Result,
+    SerialEvaluation,
+    StackedEvaluation,
+    Task,
+    Workers,
+    blackbox,
+)
+from tests.blackbox.slow_programs import (
+    Once,
+    Simulator,
+    changes_its_input,
+    decorated,
+    noisy_away_from_one,
+    noisy_wave,
+    of_many,
+    raises_what_cannot_be_pickled,
+    wave,
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +203,75 @@ def test_bad_arguments() -> None:
             Workers(pool, retries=retries)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="executor must be called as map"):
         blackbox(np.sin, executor=ThreadPoolExecutor)  # type: ignore[call-overload]
+
+
+def test_a_module_in_other_processes_has_the_parameters_that_were_moved(processes: Any) -> None:
+    def gradients(executor: Any) -> list[torch.Tensor]:
+        module = Simulator()
+        f = Blackbox(module, executor=executor, estimator=CentralDifference())
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
+        total = f(x).sum() + f(x * 2).sum()  # the buffer has counted in between
+        return list(torch.autograd.grad(total, [x, *module.layer.parameters()]))
+
+    truth = gradients(SerialEvaluation())
+    assert all(bool(each.any()) for each in truth)
+    assert all(map(torch.equal, gradients(processes), truth))
+
+
+def test_random_numbers_that_are_drawn_away_from_x_alone_are_common_in_other_processes(processes: Any) -> None:
+    def found(executor: Any) -> Any:
+        torch.manual_seed(0)
+        x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        f = blackbox(noisy_away_from_one, executor=executor, estimator=CentralDifference())
+        return torch.autograd.grad(f(x).sum(), [x])[0], torch.rand(3)
+
+    truth = found(SerialEvaluation())
+    assert torch.allclose(truth[0], torch.full((3,), 2.0, dtype=torch.float64), atol=1e-8)
+    assert all(map(torch.equal, found(processes), truth))
+
+
+def test_a_decorated_function_can_be_sent(processes: Any) -> None:
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    here: Any = decorated
+    elsewhere = blackbox(here.__wrapped__, executor=processes)
+    assert torch.equal(torch.autograd.grad(elsewhere(x).sum(), x)[0], torch.autograd.grad(here(x).sum(), x)[0])
+
+
+def test_more_tensors_than_a_process_may_open_files(processes: Any) -> None:
+    inputs = [torch.full((4,), 1.01, dtype=torch.float64, requires_grad=True) for _ in range(60)]
+    f = blackbox(of_many, executor=processes, estimator=CentralDifference())
+    found = torch.autograd.grad(f(inputs).sum(), inputs)
+    assert all(torch.allclose(each, torch.full((4,), 1.01**59, dtype=torch.float64), rtol=1e-7) for each in found)
+
+
+def test_a_point_that_a_failed_try_has_changed_is_whole_at_the_next(processes: Any) -> None:
+    tries: list[float] = []
+
+    def fails_once_after_a_change(x: torch.Tensor) -> torch.Tensor:
+        y = changes_its_input(x)
+        tries.append(0)
+        if len(tries) == 5:
+            raise OSError("once")
+        return y
+
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    with ThreadPoolExecutor(1) as pool:
+        f = blackbox(fails_once_after_a_change, executor=Workers(pool, retries=1), estimator=CentralDifference())
+        found = torch.autograd.grad(f(x).sum(), x)[0]
+    serial = blackbox(changes_its_input, executor=SerialEvaluation(), estimator=CentralDifference())
+    assert torch.equal(found, torch.autograd.grad(serial(x).sum(), x)[0])
+
+
+def test_errors_that_cannot_be_pickled_leave_the_pool_whole(processes: Any) -> None:
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(BlackboxError, match="RuntimeError: UnsendableError: 7 8"):
+        blackbox(raises_what_cannot_be_pickled, executor=processes)(x).sum().backward()
+    assert bool(blackbox(changes_its_input, executor=processes)(x).sum().isfinite())
+
+
+def test_packing_takes_a_pool_as_it_is() -> None:
+    truth = gradient(SerialEvaluation())
+    with ThreadPoolExecutor(2) as pool:
+        assert all(map(torch.equal, gradient(SerialEvaluation(executor=pool)), truth))
+        stacked = gradient(StackedEvaluation(executor=pool), in_dims=(0, None))
+    assert all(map(torch.equal, stacked, gradient(StackedEvaluation(), in_dims=(0, None))))
