@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +78,7 @@ class RandomStreams:
         """
         if not torch.equal(self.torch_cpu, torch.get_rng_state()):
             return True
-        was, now = self.python, random.getstate()
-        if (was[1][-1], was[1][0], was[2]) != (now[1][-1], now[1][0], now[2]):
+        if _python_has_moved(self.python):
             return True
         if _numpy_has_moved(self.numpy_legacy):
             return True
@@ -116,8 +116,27 @@ def _numpy_has_moved(before: Any) -> bool:
     return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
 
 
+def _python_has_moved(before: Any) -> bool:
+    words = before[1]
+    if _PYTHON is not None:  # to ask for all words takes 8 us
+        return bool(_PYTHON[0] != words[-1] or _PYTHON[1] != words[0] or random._inst.gauss_next != before[2])  # type: ignore[attr-defined]
+    now = random.getstate()
+    return (words[-1], words[0], before[2]) != (now[1][-1], now[1][0], now[2])
+
+
+def _python_in_memory() -> Any:
+    """The position and the 624 words of Python's generator in memory; None where they do not lie as in CPython's."""
+    with contextlib.suppress(Exception):  # whatever another Python makes of an address
+        words = _Twister.from_address(id(random._inst) + object.__basicsize__)
+        state = random.getstate()[1]
+        if tuple(words) == (state[-1], *state[:-1]):
+            return words
+    return None
+
+
 _LATEST: list[RandomStreams] = []
 _Twister = ctypes.c_uint32 * 625
+_PYTHON = _python_in_memory() if sys.implementation.name == "cpython" else None
 
 
 def _from_numpy() -> Any:

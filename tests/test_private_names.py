@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,7 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_fields": lambda: True,  # of named tuples; documented
     "_make": lambda: True,  # of named tuples; documented
     "_replace": lambda: True,  # of named tuples; documented
+    "_inst": lambda: random._inst.gauss_next is random.getstate()[2],  # type: ignore[attr-defined]
     "_getframe": lambda: sys._getframe(0).f_code.co_name == "<lambda>",
     "_pytree": lambda: torch.utils._pytree.tree_flatten((1, [2]))[0] == [1, 2],
 }
@@ -148,6 +150,20 @@ def test_numpy_keeps_its_generator_where_it_is_read() -> None:
     memory = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
     assert list(memory[:624]) == state[1].tolist()
     assert memory[624] == state[2]
+
+
+def test_pythons_generator_is_where_it_is_read() -> None:
+    from ignite_tbptt import random_streams
+
+    memory = random_streams._PYTHON
+    assert memory is not None
+    for draw in (random.random, random.random, lambda: random.seed(4), lambda: random.gauss(0, 1), random.random):
+        before = random.getstate()
+        assert not random_streams._python_has_moved(before)
+        draw()
+        assert random_streams._python_has_moved(before)
+        state = random.getstate()[1]
+        assert list(memory) == [state[-1], *state[:-1]]
 
 
 def test_the_list_is_complete() -> None:

@@ -401,6 +401,47 @@ def test_threads_that_draw_random_numbers() -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bind", "Blackbox"])
+def test_a_forward_during_a_backward_in_another_thread_sees_the_weights_as_they_are(wrapped: bool) -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.linspace(1, 2, 8, dtype=torch.float64))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return torch.from_numpy(np.sin(self.w.detach().numpy() * x.detach().numpy()))
+
+    gain = Gain()
+    module = Blackbox(gain) if wrapped else gain
+    if not wrapped:
+        bind(gain)
+    x = torch.ones(8, dtype=torch.float64)
+    truth = gain.w.detach().sin()
+    over, wrong, seen = threading.Event(), [], [0]
+
+    def watch() -> None:
+        while not over.is_set():
+            with torch.no_grad():
+                if not torch.equal(module(x), truth):
+                    wrong.append(seen[0])
+            seen[0] += 1
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        for _ in range(60):
+            gain.w.grad = None
+            module(x).sum().backward()
+            assert torch.allclose(gain.w.grad, gain.w.detach().cos(), atol=1e-9)  # type: ignore[arg-type]
+    finally:
+        over.set()
+        thread.join()
+    assert seen[0] > 20
+    assert wrong == []
+
+
 def test_memory_of_random_directions_does_not_grow_with_their_number() -> None:
     """Live tensors of the size of the input, counted at every evaluation."""
     import gc
