@@ -41,7 +41,9 @@ def test_the_examples_share_their_options(
 
 
 @pytest.mark.filterwarnings("ignore:the first backward pass left")  # one example trains a cut model, to show it
-@pytest.mark.parametrize("name", ["blackbox_in_recurrent_model", "blackbox_regression", "truncation_bias"])
+@pytest.mark.parametrize(
+    "name", ["blackbox_in_recurrent_model", "blackbox_regression", "external_program", "truncation_bias"]
+)
 def test_a_quick_run_draws_its_picture(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     run(f"{name}.py", "--quick", "--output", str(tmp_path / "pictures"))
