@@ -50,7 +50,8 @@ def run_elsewhere(program: bytes, rest: bytes) -> bytes:
     drew = streams is not None and streams.have_moved()
     try:
         sent = pickle.dumps((drew, result))
-        pickle.loads(sent)
+        if result.error is not None:
+            pickle.loads(sent)  # where this fails in the process of the pool, the pool breaks
     except Exception as error:
         if result.error is None:
             told: Exception = TypeError(
