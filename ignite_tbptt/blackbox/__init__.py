@@ -12,6 +12,7 @@ from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, 
 from ignite_tbptt.blackbox.executors import Workers
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
+from ignite_tbptt.blackbox.journal import Journaled
 from ignite_tbptt.blackbox.measured_step import MeasuredStep
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
 from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
@@ -56,6 +57,7 @@ __all__ = [
     "GaussianSmoothing",
     "GraphCut",
     "GraphCutReport",
+    "Journaled",
     "MeasuredStep",
     "NoiseEstimate",
     "Orthogonal",

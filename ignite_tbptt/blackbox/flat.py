@@ -147,6 +147,11 @@ class FlatCall:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_originals": {}}
 
+    @property
+    def constants(self) -> Any:
+        """What the function is given besides tensors."""
+        return self.numpy, None if self._only_tensors else (self._args, self._kwargs)
+
     def first_time(self, *tensors: Tensor) -> Any:
         """The value of the function in the call itself, where modules are not copies but the caller's own."""
         if self._only_tensors:

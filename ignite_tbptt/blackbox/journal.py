@@ -1,0 +1,198 @@
+"""Finished evaluations on disk, so that a run that was killed does not pay for them again.
+
+A journal is one file to which records are added: the key of an evaluation, made of its point and of the random numbers
+that it started from, and what came out. A record that was torn by a crash ends the file for the reader, and is written
+over. Pairs with any executor, `Workers` around a pool say; evaluations that raised are not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor as Pool
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox.executors import Workers
+from ignite_tbptt.blackbox.flat import FlatCall
+from ignite_tbptt.blackbox.task import Executor, Result, Task
+
+__all__ = ["Journaled"]
+
+_MAGIC = b"ignite_tbptt journal 1\n"
+_HEAD = struct.Struct("<32sQ32s")  # key, length of what follows, its digest
+
+
+class Journaled:
+    """An executor that looks evaluations up in a file before it runs them, and adds those that it ran.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from ignite_tbptt.blackbox import CentralDifference, blackbox
+        >>> path = tempfile.mkdtemp() + "/sine.journal"
+        >>> for _ in range(2):
+        ...     calls = []
+        ...     def slow(x):
+        ...         calls.append(1)
+        ...         return x.sin()
+        ...     f = blackbox(slow, executor=Journaled(path), estimator=CentralDifference())
+        ...     x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        ...     f(x).sum().backward()
+        ...     print(len(calls) > 1)
+        True
+        False
+
+    Points that are asked for twice, in one run or in several, are evaluated once. The forward call itself is not looked
+    up. The function is known by its name, its module and its code: a journal of another one is refused. What the code
+    reads besides its arguments, a file or a global, is not seen: use a new journal where that changes.
+
+    One process writes at a time. The file is read with pickle, as Python's own: open only journals that you trust.
+
+    Args:
+        path: the file, made where there is none.
+        executor: where evaluations run that are not there; a pool, or one after the other by default.
+
+    Raises:
+        ValueError: when used: the file is no journal, or one of another function; the blackbox is a module.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], executor: Executor | Pool = map) -> None:
+        self.path = Path(path)
+        self._executor = Workers(cast("Pool", executor)) if hasattr(executor, "submit") else executor
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._program = b""
+        self._end = 0
+        self._lock = threading.RLock()
+
+    def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
+        """See `Executor`."""
+        order: deque[bytes] = deque()
+        running: deque[bytes] = deque()
+        failed: dict[bytes, Result] = {}
+
+        def missing() -> Iterator[Task]:
+            asked: set[bytes] = set()
+            for task in tasks:
+                self._open(task.program)
+                key = _key(task)
+                order.append(key)
+                if key not in self._places and key not in asked:
+                    asked.add(key)
+                    running.append(key)
+                    yield task
+
+        for result in self._executor(function, missing()):
+            key = running.popleft()
+            if result.error is None:
+                self._add(key, result)
+            else:
+                failed[key] = result
+            while order and (order[0] in self._places or order[0] in failed):
+                yield self._found(order.popleft(), failed)
+        while order:
+            yield self._found(order.popleft(), failed)
+
+    def _found(self, key: bytes, failed: dict[bytes, Result]) -> Result:
+        return failed[key] if key in failed else self._read(key)
+
+    def _open(self, program: FlatCall) -> None:
+        """Read which evaluations are there, the first time."""
+        name = _identity(program)
+        with self._lock:
+            if self._program:
+                if name != self._program:
+                    raise ValueError(
+                        f"{self.path} is in use for another function than {program.label}: give it its own"
+                    )
+                return
+            header = _MAGIC + name
+            if self.path.exists() and self.path.stat().st_size:
+                with self.path.open("rb") as file:
+                    if file.read(len(_MAGIC)) != _MAGIC:
+                        raise ValueError(f"{self.path} is no journal of evaluations: give another path")
+                    if file.read(len(name)) != name:
+                        raise ValueError(
+                            f"{self.path} is a journal of another function than {program.label}, or of an earlier "
+                            "version of it: give another path, or remove the file"
+                        )
+                    self._end = len(header)
+                    while (place := self._record(file)) is not None:
+                        self._end = place[1] + place[2]
+                        self._places[place[0]] = place[1:]
+            else:
+                self.path.write_bytes(header)
+                self._end = len(header)
+            self._program = name
+
+    @staticmethod
+    def _record(file: BinaryIO) -> tuple[bytes, int, int] | None:
+        """Key, start and length of the next record; None at the end, or where one is torn."""
+        head = file.read(_HEAD.size)
+        if len(head) < _HEAD.size:
+            return None
+        key, length, digest = _HEAD.unpack(head)
+        start = file.tell()
+        body = file.read(length)
+        if len(body) < length or hashlib.sha256(body).digest() != digest:
+            return None
+        return key, start, length
+
+    def _add(self, key: bytes, result: Result) -> None:
+        body = pickle.dumps(result.outputs)
+        with self._lock, self.path.open("r+b") as file:
+            file.seek(self._end)
+            file.write(_HEAD.pack(key, len(body), hashlib.sha256(body).digest()) + body)
+            file.flush()
+            file.truncate()
+            self._places[key] = self._end + _HEAD.size, len(body)
+            self._end = file.tell()
+
+    def _read(self, key: bytes) -> Result:
+        start, length = self._places[key]
+        with self._lock, self.path.open("rb") as file:
+            file.seek(start)
+            return Result(pickle.loads(file.read(length)), None, 0.0)
+
+
+def _identity(program: FlatCall) -> bytes:
+    """What a function is known by in every run."""
+    fn: Any = program.fn
+    code = getattr(fn, "__code__", None)
+    parts = [getattr(fn, "__module__", ""), getattr(fn, "__qualname__", type(fn).__qualname__), program.label]
+    if code is not None:
+        parts += [code.co_code.hex(), repr(code.co_names), repr([c for c in code.co_consts if isinstance(c, _PLAIN)])]
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def _key(task: Task) -> bytes:
+    """What an evaluation is known by: its point, what else it is given, and the random numbers that it draws."""
+    digest = hashlib.sha256()
+    for tensor in task.points:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    if task.program.states:
+        raise ValueError(
+            f"{task.program.label} is a module, whose buffers and attributes no key would hold: a journal is for "
+            "functions; pass the module's numbers to one as arguments"
+        )
+    digest.update(pickle.dumps(task.program.constants))
+    if task.streams is not None:
+        digest.update(_bytes(task.streams.torch_cpu))
+        digest.update(pickle.dumps((task.streams.python, task.streams.numpy_legacy)))
+    return digest.digest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return data
