@@ -179,6 +179,11 @@ class FlatCall:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_originals": {}, "fn": _Undecorated(self.fn) if _is_decorated(self.fn) else self.fn}
 
+    @property
+    def constants(self) -> Any:
+        """What the function is given besides tensors."""
+        return self.numpy, None if self._only_tensors else (self._args, self._kwargs)
+
     def first_time(self, *tensors: Tensor) -> Any:
         """The value of the function in the call itself, where modules are not copies but the caller's own."""
         if self._only_tensors:
@@ -216,11 +221,6 @@ class FlatCall:
         if pairs is None:
             return value
         return nest.rebuild(value, [self._put(child, tensors, originals) for _, child in pairs])
-
-    @property
-    def identity(self) -> Any:
-        """Which function it is, whatever its arguments are."""
-        return type(self.states[0].forward.__self__).forward if self._module_first else self.fn  # type: ignore[attr-defined]
 
     @property
     def key(self) -> Any:

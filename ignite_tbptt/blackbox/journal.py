@@ -1,8 +1,8 @@
 """Finished evaluations on disk, so that a run that was killed does not pay for them again.
 
-The idea: an evaluation is a pure task, so that its function, its point and its random numbers say what comes out. A
-record is appended to the file as soon as its result arrives, with a checksum: what a crash has cut short is not found.
-Pairs with every executor, which runs what is not in the journal.
+A journal is one file to which records are added: the key of an evaluation, made of its point and of the random numbers
+that it started from, and what came out. A record that was torn by a crash ends the file for the reader, and is written
+over. Pairs with any executor, `Workers` around a pool say; evaluations that raised are not kept.
 """
 
 from __future__ import annotations
@@ -11,183 +11,169 @@ import hashlib
 import io
 import os
 import pickle
+import struct
 import threading
 import types
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor as Pool
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.executors import Workers
+from ignite_tbptt.blackbox.flat import FlatCall
 from ignite_tbptt.blackbox.task import Executor, Result, Task
 
 __all__ = ["Journaled"]
 
-_MAGIC = b"evaluation 1\n"
-_HEAD = len(_MAGIC) + 32 + 8 + 4  # the key, the size, a checksum of all that follows the magic
+_MAGIC = b"ignite_tbptt journal 1\n"
+_HEAD = struct.Struct("<32sQ32s")  # key, length of what follows, its digest
 
 
 class Journaled:
-    """An executor that keeps finished evaluations in a file and looks there first.
+    """An executor that looks evaluations up in a file before it runs them, and adds those that it ran.
 
     Example:
         >>> import tempfile, torch
-        >>> from ignite_tbptt.blackbox import blackbox
-        >>> calls = []
-        >>> def simulator(x):
-        ...     calls.append(x)
-        ...     return x.detach() ** 2
-        >>> path = tempfile.mkdtemp() + "/journal"
-        >>> for run in range(2):
-        ...     f = blackbox(simulator, executor=Journaled(map, path))
-        ...     x = torch.ones(8, requires_grad=True)
-        ...     y = f(x)
-        ...     calls.clear()
-        ...     y.sum().backward()
-        >>> len(calls)  # the second run, beside its forward call
-        0
+        >>> from ignite_tbptt.blackbox import CentralDifference, blackbox
+        >>> path = tempfile.mkdtemp() + "/sine.journal"
+        >>> for _ in range(2):
+        ...     calls = []
+        ...     def slow(x):
+        ...         calls.append(1)
+        ...         return x.sin()
+        ...     f = blackbox(slow, executor=Journaled(path), estimator=CentralDifference())
+        ...     x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        ...     f(x).sum().backward()
+        ...     print(len(calls) > 1)
+        True
+        False
 
-    An evaluation is known by the bytes of its point, by the random streams where it draws from them, and by its
-    function: its name, its code, its defaults, what it closes over, and the arguments and modules that it is given
-    beside tensors. Functions that it calls, and files or programs that it reads, are not looked at: begin another file
-    when these change. Identical points of one gradient are evaluated once. Errors are not kept. Results are written by
-    the process that takes the gradient, in the order of the tasks; the forward call is not among them.
+    Points that are asked for twice, in one run or in several, are evaluated once. The forward call itself is not looked
+    up. The function is known by its name, its module, its code, and what it closes over or holds, but for lists, dicts
+    and sets that it closes over, in which it may count: a journal of another one is refused. What the code reads
+    besides, a file or a global, is not seen: use a new journal where that changes.
+
+    One process writes at a time. The file is read with pickle, as Python's own: open only journals that you trust.
 
     Args:
-        executor: where evaluations run that are not in the file: ``map``, `Workers`, a pool.
-        path: the file, of one function and one process at a time; made if it is not there.
-
-    Attributes:
-        found: evaluations that were taken from the file so far.
+        path: the file, made where there is none.
+        executor: where evaluations run that are not there; a pool, or one after the other by default.
 
     Raises:
-        ValueError: in the first gradient: the file is of another function, or no journal.
-        TypeError: in the first gradient: the function holds what cannot be pickled.
+        ValueError: when used: the file is no journal, or one of another function; the blackbox is a module.
     """
 
-    def __init__(self, executor: Executor | Pool, path: str | os.PathLike[str]) -> None:
-        self.executor, self.path, self.found = executor, Path(path), 0
-        self._places: dict[bytes, tuple[int, int]] | None = None
-        self._lock = threading.Lock()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Journaled:
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"executor": self.executor, "path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-    def __repr__(self) -> str:
-        return f"Journaled({self.executor!r}, {str(self.path)!r})"
+    def __init__(self, path: str | os.PathLike[str], executor: Executor | Pool = map) -> None:
+        self.path = Path(path)
+        self._executor = Workers(cast("Pool", executor)) if hasattr(executor, "submit") else executor
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._program = b""
+        self._end = 0
+        self._lock = threading.RLock()
 
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
         """See `Executor`."""
-        order: deque[tuple[bytes, Result | None]] = deque()
-        results: dict[bytes, Result] = {}
-        programs: dict[int, tuple[Any, bytes]] = {}
-        sent: deque[bytes] = deque()
-        asked: set[bytes] = set()
+        order: deque[bytes] = deque()
+        running: deque[bytes] = deque()
+        failed: dict[bytes, Result] = {}
 
         def missing() -> Iterator[Task]:
+            asked: set[bytes] = set()
             for task in tasks:
-                program = task.program
-                if id(program) not in programs:
-                    programs[id(program)] = (program, _digest(program, program.label))
-                    self._open(_digest(program.identity, program.label), program.label)
-                key = _digest((programs[id(program)][1], [_bits(p) for p in task.points], task.streams), program.label)
-                known = None if key in asked else self._read(key)
-                order.append((key, known))
-                if known is None and key not in asked:
+                self._open(task.program)
+                key = _key(task)
+                order.append(key)
+                if key not in self._places and key not in asked:
                     asked.add(key)
-                    sent.append(key)
+                    running.append(key)
                     yield task
 
-        for result in self.executor(function, missing()):  # type: ignore[operator]  # options make one of a pool
-            key = sent.popleft()
-            results[key] = result
+        for result in self._executor(function, missing()):
+            key = running.popleft()
             if result.error is None:
-                self._append(key, pickle.dumps(result.outputs))
-            while order and (order[0][1] is not None or order[0][0] in results):
-                yield _next(order, results)
+                self._add(key, result)
+            else:
+                failed[key] = result
+            while order and (order[0] in self._places or order[0] in failed):
+                yield self._found(order.popleft(), failed)
         while order:
-            yield _next(order, results)
+            yield self._found(order.popleft(), failed)
 
-    def _open(self, function: bytes, label: str) -> None:
-        """Look through the file, once."""
+    def _found(self, key: bytes, failed: dict[bytes, Result]) -> Result:
+        return failed[key] if key in failed else self._read(key)
+
+    def _open(self, program: FlatCall) -> None:
+        """Read which evaluations are there, the first time."""
+        name = _identity(program)
         with self._lock:
-            if self._places is None:
-                self._places, self._function, self._label = {}, b"", ""
-                data = self.path.read_bytes() if self.path.exists() else b""
-                at = data.find(_MAGIC)
-                if data and at != 0 and not _MAGIC.startswith(data):
-                    self._places = None
-                    raise ValueError(f"{self.path} is no journal of evaluations; give another path")
-                while at >= 0:
-                    head, start = data[at : at + _HEAD], at + _HEAD
-                    key, size = head[len(_MAGIC) : -12], int.from_bytes(head[-12:-4], "big")
-                    whole = len(head) == _HEAD and start + size <= len(data)
-                    if whole and zlib.crc32(head[len(_MAGIC) : -4] + data[start : start + size]) == int.from_bytes(
-                        head[-4:], "big"
-                    ):
-                        if key == bytes(32):
-                            self._function, self._label = pickle.loads(data[start : start + size])
-                        else:
-                            self._places[key] = (start, size)
-                        at = data.find(_MAGIC, start + size)
-                    else:  # torn: go on after it
-                        at = data.find(_MAGIC, at + 1)
-            if not self._function:
-                self._function, self._label = function, label
-                self._write(bytes(32), pickle.dumps((function, label)))
-        if self._function != function:
-            raise ValueError(
-                f"{self.path} is the journal of another function, {self._label}, or of {label} before its code was "
-                "changed; give each function a file of its own"
-            )
+            if self._program:
+                if name != self._program:
+                    raise ValueError(
+                        f"{self.path} is in use for another function than {program.label}: give it its own"
+                    )
+                return
+            header = _MAGIC + name
+            if self.path.exists() and self.path.stat().st_size:
+                with self.path.open("rb") as file:
+                    if file.read(len(_MAGIC)) != _MAGIC:
+                        raise ValueError(f"{self.path} is no journal of evaluations: give another path")
+                    if file.read(len(name)) != name:
+                        raise ValueError(
+                            f"{self.path} is a journal of another function than {program.label}, or of an earlier "
+                            "version of it: give another path, or remove the file"
+                        )
+                    self._end = len(header)
+                    while (place := self._record(file)) is not None:
+                        self._end = place[1] + place[2]
+                        self._places[place[0]] = place[1:]
+            else:
+                self.path.write_bytes(header)
+                self._end = len(header)
+            self._program = name
 
-    def _read(self, key: bytes) -> Result | None:
-        place = (self._places or {}).get(key)
-        if place is None:
+    @staticmethod
+    def _record(file: BinaryIO) -> tuple[bytes, int, int] | None:
+        """Key, start and length of the next record; None at the end, or where one is torn."""
+        head = file.read(_HEAD.size)
+        if len(head) < _HEAD.size:
             return None
-        with open(self.path, "rb") as file:
-            file.seek(place[0])
-            outputs = pickle.loads(file.read(place[1]))
-        self.found += 1
-        return Result(outputs, None, 0.0)
+        key, length, digest = _HEAD.unpack(head)
+        start = file.tell()
+        body = file.read(length)
+        if len(body) < length or hashlib.sha256(body).digest() != digest:
+            return None
+        return key, start, length
 
-    def _append(self, key: bytes, value: bytes) -> None:
-        with self._lock:
-            place = self._write(key, value)
-            if self._places is not None:
-                self._places[key] = place
+    def _add(self, key: bytes, result: Result) -> None:
+        body = pickle.dumps(result.outputs)
+        with self._lock, self.path.open("r+b") as file:
+            file.seek(self._end)
+            file.write(_HEAD.pack(key, len(body), hashlib.sha256(body).digest()) + body)
+            file.flush()
+            file.truncate()
+            self._places[key] = self._end + _HEAD.size, len(body)
+            self._end = file.tell()
 
-    def _write(self, key: bytes, value: bytes) -> tuple[int, int]:
-        head = key + len(value).to_bytes(8, "big")
-        record = _MAGIC + head + zlib.crc32(head + value).to_bytes(4, "big") + value
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(record)
-            return file.tell() - len(value), len(value)
-
-
-def _next(order: deque[tuple[bytes, Result | None]], results: dict[bytes, Result]) -> Result:
-    key, known = order.popleft()
-    return results[key] if known is None else known
+    def _read(self, key: bytes) -> Result:
+        start, length = self._places[key]
+        with self._lock, self.path.open("rb") as file:
+            file.seek(start)
+            return Result(pickle.loads(file.read(length)), None, 0.0)
 
 
 class _Fingerprint(pickle.Pickler):
-    """Pickles that are equal where values are: functions by their code, tensors by their bytes."""
+    """Pickles that are equal where values are: functions by their code and what they close over."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return tuple, ((_bits(value),),)
+            return tuple, ((str(value.dtype), tuple(value.shape), _bytes(value)),)
         if isinstance(value, types.FunctionType):
-            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            inside = [cell.cell_contents for cell in value.__closure__ or ()]
+            cells = [None if isinstance(held, (list, dict, set)) else held for held in inside]  # it may count in these
             held = (value.__module__, value.__qualname__, value.__defaults__, value.__kwdefaults__, cells)
             return tuple, ((*held, value.__code__),)
         if isinstance(value, types.CodeType):
@@ -197,21 +183,38 @@ class _Fingerprint(pickle.Pickler):
         return NotImplemented
 
 
-def _bits(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().clone()
-    data = plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return str(tensor.dtype), tuple(tensor.shape), data
-
-
-def _digest(value: Any, label: str) -> bytes:
+def _identity(program: FlatCall) -> bytes:
+    """What a function is known by in every run: its code, and all that it holds."""
     file = io.BytesIO()
     pickler = _Fingerprint(file, 5)
     pickler.fast = True  # what is equal and not the same is pickled alike
     try:
-        pickler.dump(value)
-    except Exception as error:  # whatever its own __reduce__ raises
-        raise TypeError(
-            f"{label} holds what a journal cannot know it by ({type(error).__name__}: {error}); open files, locks "
-            "and the like inside the function"
-        ) from error
-    return hashlib.blake2b(file.getvalue(), digest_size=32).digest()
+        pickler.dump((program.fn, program.label))
+    except Exception:
+        # what it holds cannot be read, a lock or a list of itself: its code is left
+        kept = getattr(program.fn, "__code__", None) or type(program.fn).__call__.__code__
+        file = io.BytesIO(pickle.dumps((program.label, kept.co_code, kept.co_names)))
+    return hashlib.sha256(file.getvalue()).digest()
+
+
+def _key(task: Task) -> bytes:
+    """What an evaluation is known by: its point, what else it is given, and the random numbers that it draws."""
+    digest = hashlib.sha256()
+    for tensor in task.points:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    if task.program.states:
+        raise ValueError(
+            f"{task.program.label} is a module, whose buffers and attributes no key would hold: a journal is for "
+            "functions; pass the module's numbers to one as arguments"
+        )
+    digest.update(pickle.dumps(task.program.constants))
+    if task.streams is not None:
+        digest.update(_bytes(task.streams.torch_cpu))
+        digest.update(pickle.dumps((task.streams.python, task.streams.numpy_legacy)))
+    return digest.digest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return data

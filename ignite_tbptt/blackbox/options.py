@@ -11,10 +11,9 @@ import torch
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.executors import Pool, Workers
-from ignite_tbptt.blackbox.journal import Journaled
 from ignite_tbptt.blackbox.task import Executor, SerialEvaluation, StackedEvaluation
 
-__all__ = ["Options", "make_options", "on_pool"]
+__all__ = ["Options", "make_options"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,9 @@ class Options:
         return "cpu" if self.numpy else None
 
 
-def on_pool(executor: Any) -> Any:
-    """An executor, made of a pool where one was given."""
+def _on_pool(executor: Any) -> Any:
     if isinstance(executor, (SerialEvaluation, StackedEvaluation)):
-        return replace(executor, executor=on_pool(executor.executor))
-    if isinstance(executor, Journaled):
-        executor.executor = on_pool(executor.executor)
-        return executor
+        return replace(executor, executor=_on_pool(executor.executor))
     return Workers(executor) if hasattr(executor, "submit") and not isinstance(executor, type) else executor
 
 
@@ -77,7 +72,7 @@ def make_options(
         raise TypeError(
             f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
         )
-    executor = on_pool(executor)
+    executor = _on_pool(executor)
     if executor is not None and executor is not map and (isinstance(executor, type) or not callable(executor)):
         raise TypeError(
             f"executor must be called as map(function, tasks) is, got {executor!r}: give the map of a pool, "

@@ -15,6 +15,7 @@ MODULES = [
     "estimator",
     "executors",
     "function",
+    "journal",
     "measured_step",
     "module",
     "moves",
