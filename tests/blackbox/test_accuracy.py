@@ -22,7 +22,7 @@ from ignite_tbptt.blackbox.function import blackbox
 from tests.blackbox.accuracy import FORMULAS, OF_A_BATCH, TABLE, Problem, of_any_size
 
 FORWARD, CENTRAL = ForwardDifference(), CentralDifference()
-SEEDS = {kind: range(3 if kind == "transformer block" else 6) for kind in OF_A_BATCH}
+SEEDS = {kind: range(3 if kind in ("transformer block", "GRU") else 6) for kind in OF_A_BATCH}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
