@@ -127,7 +127,7 @@ def test_what_fails_is_tried_again_where_that_was_asked_for(how: str, tmp_path: 
     (clean / how).touch()
     truth = run_once(clean, how, None)
     with ThreadPoolExecutor(3) as pool:
-        assert torch.equal(run_once(tmp_path, how, Workers(pool, timeout=0.3, retries=1)), truth)
+        assert torch.equal(run_once(tmp_path, how, Workers(pool, timeout=1.0, retries=1)), truth)
 
 
 def test_what_fails_is_named() -> None:
