@@ -19,7 +19,7 @@ from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
 from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.noise import NoiseEstimate, estimate_noise
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
-from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, StepSize
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, Steps, StepSize
 from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor, Result, SerialEvaluation, StackedEvaluation, Task
 
@@ -71,6 +71,7 @@ __all__ = [
     "Stencil",
     "StepSize",
     "StepSweep",
+    "Steps",
     "Task",
     "UntrustedGradientWarning",
     "Workers",

@@ -60,6 +60,7 @@ EXPORTED = [
     "Stencil",
     "StepSize",
     "StepSweep",
+    "Steps",
     "Task",
     "UntrustedGradientWarning",
     "Workers",
