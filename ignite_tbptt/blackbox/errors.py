@@ -6,11 +6,15 @@ did when it was evaluated, and pair with every estimator and evaluator.
 
 from __future__ import annotations
 
-__all__ = ["BlackboxError", "UntrustedGradientWarning"]
+__all__ = ["BlackboxError", "LostEvaluationError", "UntrustedGradientWarning"]
 
 
 class BlackboxError(RuntimeError):
     """A blackbox did what no difference can be taken of: it raised, or gave NaN, other shapes, coupled rows."""
+
+
+class LostEvaluationError(BlackboxError):
+    """An evaluation was given up, as ``Workers(failed="nan")`` asks for: what it would have told stays unknown."""
 
 
 class UntrustedGradientWarning(UserWarning):

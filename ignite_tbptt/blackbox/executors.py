@@ -1,31 +1,43 @@
 """Evaluations on the workers of a pool: threads, processes, or whatever has the protocol of ``concurrent.futures``.
 
 The pool is borrowed: it is never shut down here. Results come in the order of the tasks, and are bit for bit those of
-the caller's thread. What a pool may do besides returning a result, taking too long, losing a worker or refusing a task,
-becomes the error of the evaluation that it happened to. Pairs with `task`, whose tasks may be run twice without harm.
+the caller's thread. Evaluations that are short go out several at a time. What a pool may do besides returning a result,
+taking too long, losing a worker or refusing a task, becomes the error of the evaluation that it happened to. Pairs with
+`task`, whose tasks may be run twice without harm.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
 from ignite_tbptt.blackbox.task import Result, Task
-from ignite_tbptt.blackbox.travel import as_bytes, received, run_elsewhere
+from ignite_tbptt.blackbox.travel import AbsentProgramError, packed
+from ignite_tbptt.warn import warn
 
 __all__ = ["Pool", "Workers"]
 
 Pool = Executor
 """``concurrent.futures.Executor``, which is no `Executor` of this package by itself."""
 
-# Tasks that are handed over ahead of the one whose result is awaited: enough for any pool, and little memory.
-_AHEAD = 256
+# A group of evaluations is to last so many seconds: the cost of sending one is less than a tenth of it, on a cluster
+# too. It has no more of them than this.
+_GROUP_SECONDS, _LARGEST_GROUP = 0.01, 1024
+
+# What is handed over ahead of the result that is awaited: enough for any pool, and little memory.
+_EVALUATIONS_AHEAD, _GROUPS_AHEAD = 256, 16
+
+# A program of more bytes is sent to a worker that has it by its name alone.
+_LARGE_PROGRAM = 2**14
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +56,33 @@ class Workers:
         True
 
     ``executor=pool`` alone is ``Workers(pool)``. To processes the function has to be sent: it must be defined at the
-    top level of a module. The forward call itself is made where the model runs.
+    top level of a module, or cloudpickle be installed. The forward call itself is made where the model runs.
+
+    Evaluations that take less than 10 ms, as measured on the first of them, are handed to a worker several at a time.
+    A worker reads the function once.
 
     Args:
-        executor: a ThreadPoolExecutor, a ProcessPoolExecutor, or another with ``submit(function, task)``.
+        executor: a ThreadPoolExecutor, a ProcessPoolExecutor, Dask's ``client.get_executor()``, or another whose
+            ``submit(function, *arguments)`` returns a ``concurrent.futures.Future``.
         timeout: seconds that an evaluation may take. A thread that takes longer cannot be stopped: its worker is lost
             to the pool until it returns.
-        retries: how often an evaluation that raised, or took too long, is tried again. Random numbers from the global
-            streams are the same then.
+        retries: how often an evaluation that raised, took too long or lost its worker is tried again. Random numbers
+            from the global streams are the same then.
+        failed: what becomes of an evaluation that fails for good: ``"raise"`` ends the gradient with its error;
+            ``"nan"`` counts it as NaN in every output, with a warning, so that the slope is taken by the best formula
+            on the points that are left.
 
     Raises:
         TypeError: executor has no ``submit``.
-        ValueError: a time-out that is not positive, or retries below 0.
+        ValueError: a time-out that is not positive, retries below 0, or another word for failed.
     """
 
     executor: Executor
     timeout: float | None = None
     retries: int = 0
+    failed: Literal["raise", "nan"] = "raise"
+    _left: dict[bytes, int] = field(default_factory=dict, init=False, repr=False)
+    """How many workers are still to be sent a large program, by its name."""
 
     def __post_init__(self) -> None:
         if isinstance(self.executor, type) or not hasattr(self.executor, "submit"):
@@ -71,54 +93,153 @@ class Workers:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}: None waits for ever")
         if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
             raise ValueError(f"retries must be a whole number, 0 or more, got {self.retries!r}")
+        if self.failed not in ("raise", "nan"):
+            raise ValueError(
+                f"failed must be 'raise', which ends the gradient, or 'nan', which goes on without the evaluation, got "
+                f"{self.failed!r}"
+            )
 
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
         """See `Executor`."""
-        waiting: deque[tuple[Task, Future[Any]]] = deque()
+        return _Round(self, function).results(iter(tasks))
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Evaluations that a worker is given at once."""
+
+    tasks: list[Task]
+    future: Future[Any]
+    refused: bool = False
+
+
+class _Round:
+    """One call of `Workers`."""
+
+    def __init__(self, workers: Workers, function: Callable[[Task], Result]) -> None:
+        self._workers, self._function = workers, function
+        self._waiting: deque[_Group] = deque()
+        self._count, self._seconds = 0, 0.0
+        self._submissions = itertools.count()
+
+    def results(self, tasks: Iterator[Task]) -> Iterator[Result]:
+        total, lost = 0, []
         try:
-            for task in tasks:
-                waiting.append((task, self._submitted(function, task)))
-                if len(waiting) >= _AHEAD:
-                    yield self._next(function, waiting)
-            while waiting:
-                yield self._next(function, waiting)
+            for result in self._in_order(tasks):
+                total += 1
+                if result.lost:
+                    lost.append(result.error)
+                yield result
         finally:  # an error ends the round: what has not begun is not to be paid for
-            for _, future in waiting:
-                future.cancel()
+            for group in self._waiting:
+                group.future.cancel()
+        if lost:
+            warn(
+                f"{len(lost)} of {total} evaluations were lost and count as NaN, the last by "
+                f"{type(lost[-1]).__name__}: {lost[-1]}",
+                UntrustedGradientWarning,
+            )
 
-    def _submitted(self, function: Callable[[Task], Result], task: Task) -> Future[Any]:
+    def _in_order(self, tasks: Iterator[Task]) -> Iterator[Result]:
+        ahead = 0
+        while group := list(itertools.islice(tasks, self._size())):
+            self._waiting.append(self._submitted(group))
+            ahead += len(group)
+            while ahead >= _EVALUATIONS_AHEAD and len(self._waiting) >= _GROUPS_AHEAD:
+                ahead -= len(self._waiting[0].tasks)
+                yield from self._finished(self._waiting.popleft())
+        while self._waiting:
+            yield from self._finished(self._waiting.popleft())
+
+    def _size(self) -> int:
+        """How many evaluations are worth a worker's while, as far as is known; at first one."""
+        if not self._count:
+            return 1
+        seconds = _GROUP_SECONDS if self._workers.timeout is None else min(_GROUP_SECONDS, self._workers.timeout / 4)
+        wanted = seconds * self._count / max(self._seconds, 1e-9)
+        return max(1, min(math.ceil(wanted), 2 * self._count, _LARGEST_GROUP))
+
+    def _measure(self, future: Future[Any]) -> None:
+        """Called by the pool when a group is done."""
+        if not future.cancelled() and future.exception() is None:
+            for result in future.result():
+                if result.error is None:
+                    self._seconds += result.seconds
+                    self._count += 1
+
+    def _submitted(self, tasks: list[Task], whole: bool = False) -> _Group:
+        """Hand evaluations over, with the whole program even where the workers should have it."""
+        workers = self._workers
         try:
-            if isinstance(self.executor, ThreadPoolExecutor):
-                if self.retries:  # the function may change its points
-                    task = replace(task, points=[point.clone() for point in task.points])
-                return self.executor.submit(function, task)
-            return self.executor.submit(run_elsewhere, *as_bytes(function, task))
+            if isinstance(workers.executor, ThreadPoolExecutor):
+                given = tasks
+                if workers.retries or workers.timeout is not None:  # the function may change its points
+                    given = [replace(task, points=[point.clone() for point in task.points]) for task in tasks]
+                future = workers.executor.submit(_run_here, self._function, given)
+            else:
+                future = workers.executor.submit(_run_elsewhere, self._as_bytes(tasks, whole))
+            if not isinstance(future, Future):
+                raise TypeError(
+                    f"submit of {type(workers.executor).__name__} returned no concurrent.futures.Future but "
+                    f"{future!r}; of a Dask client give client.get_executor()"
+                )
         except Exception as error:  # a pool that was shut down or is broken, and whatever pickling raises
-            refused: Future[Any] = Future()
-            refused.set_exception(error)
-            return refused
+            future = Future()
+            future.set_exception(error)
+            return _Group(tasks, future, refused=True)
+        future.add_done_callback(self._measure)
+        return _Group(tasks, future)
 
-    def _next(self, function: Callable[[Task], Result], waiting: deque[tuple[Task, Future[Any]]]) -> Result:
-        task, future = waiting.popleft()
-        for attempt in range(self.retries + 1):
-            result = self._result(future, [other for _, other in waiting])
-            if result.error is None or attempt == self.retries or isinstance(result.error, BrokenExecutor):
-                return result
-            future = self._submitted(function, task)
-        raise AssertionError("the loop returns")
+    def _as_bytes(self, tasks: list[Task], whole: bool) -> bytes:
+        # The number keeps a pool that remembers results, as Dask does, from giving that of an earlier try.
+        carried: set[bytes] = set()
+        light = [self._light(task, carried, whole) for task in tasks]
+        return pickle.dumps((next(self._submissions), id(self), self._function, light))
 
-    def _result(self, future: Future[Any], others: list[Future[Any]]) -> Result:
+    def _light(self, task: Task, carried: set[bytes], whole: bool) -> Task:
+        """A task with the name of its program alone where the worker should have it."""
+        program, left = packed(task.program), self._workers._left
+        if len(program.data or b"") <= _LARGE_PROGRAM:
+            return task
+        if program.name not in left:
+            while len(left) >= 64:
+                del left[next(iter(left))]
+            left[program.name] = getattr(self._workers.executor, "_max_workers", 1)
+        if program.name in carried or not (whole or left[program.name] > 0):
+            return replace(task, program=program._replace(data=None))  # type: ignore[arg-type]  # it is only sent
+        left[program.name] -= 1
+        carried.add(program.name)
+        return task
+
+    def _finished(self, group: _Group, attempt: int = 0) -> list[Result]:
+        """The results of a group; what failed in it is tried again, each evaluation by itself."""
+        workers, size = self._workers, len(group.tasks)
         start = time.perf_counter()
+        as_a_whole = None
         try:
-            if self.timeout is not None:
-                self._wait(future, others, self.timeout)
-            result = future.result()
-            return result if isinstance(result, Result) else received(result)
-        except Exception as error:
-            return Result(None, _explained(error), time.perf_counter() - start)
+            if workers.timeout is not None:
+                self._wait(group.future, workers.timeout)
+            results: list[Result] = list(group.future.result())
+        except Exception as error:  # whatever a pool raises
+            as_a_whole = _explained(error)
+            results = [Result(None, as_a_whole, time.perf_counter() - start)] * size
+        if any(isinstance(result.error, AbsentProgramError) for result in results):
+            return self._finished(self._submitted(group.tasks, whole=True), attempt)
+        # which of the evaluations it was that took too long, or killed the worker, is not known
+        by_itself = as_a_whole is not None and size > 1
+        failed = [k for k, result in enumerate(results) if result.error is not None]
+        if by_itself or attempt < workers.retries:
+            again = [self._submitted([group.tasks[k]]) for k in failed]
+            for k, one in zip(failed, again, strict=True):
+                (results[k],) = self._finished(one, attempt if by_itself else attempt + 1)
+        elif workers.failed == "nan" and not group.refused:
+            for k in failed:
+                results[k] = replace(results[k], lost=True)
+        return results
 
-    def _wait(self, future: Future[Any], others: list[Future[Any]], timeout: float) -> None:
-        """Wait until an evaluation is done; its time runs from when it, or another in its stead, last made progress."""
+    def _wait(self, future: Future[Any], timeout: float) -> None:
+        """Wait until a group is done; its time runs from when it, or another in its stead, last made progress."""
+        others = [group.future for group in self._waiting]
         done, since = sum(other.done() for other in others), time.monotonic()
         while not future.done():
             wait_for([future], timeout=min(0.05, timeout / 4))
@@ -130,15 +251,24 @@ class Workers:
                 raise TimeoutError(f"it {where} after {timeout:g} s; give a longer timeout, or more workers")
 
 
+def _run_here(function: Callable[[Task], Result], tasks: list[Task]) -> list[Result]:
+    return [function(task) for task in tasks]
+
+
+def _run_elsewhere(data: bytes) -> list[Result]:
+    _, _, function, tasks = pickle.loads(data)
+    return [function(task) for task in tasks]
+
+
 def _explained(error: Exception) -> Exception:
-    """The same error, in words that say what to do where the pool's own do not."""
+    """The same error of a pool, in words that say what to do where the pool's own do not."""
     text = str(error)
     if isinstance(error, BrokenExecutor):
         return type(error)(
             f"a worker of the pool died ({text}): it was killed, or ran out of memory. The pool cannot be used again; "
             "make a new one"
         )
-    if isinstance(error, pickle.PicklingError) or "pickle" in text:
+    if isinstance(error, (pickle.PicklingError, AttributeError, ImportError)) or "pickle" in text:
         return TypeError(
             f"it cannot be sent to another process ({text}): define the function, and the classes of its arguments, at "
             "the top level of a module, or use threads"

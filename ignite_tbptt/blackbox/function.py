@@ -183,9 +183,8 @@ def blackbox(
             decorator.
         estimator: how the gradient is estimated; ``CentralDifference()`` by default.
         executor: where the evaluations run: a pool of ``concurrent.futures``, `Workers` around one for time-outs and
-            retries, or anything that is called as the builtin ``map`` is, the ``map`` of a pool
-            say. One after the other by default, and several in a call where in_dims allow it; `SerialEvaluation` and
-            `StackedEvaluation` choose one of these.
+            retries, or anything that is called as the builtin ``map`` is. One after the other by default, and several
+            in a call where in_dims allow it; `SerialEvaluation` and `StackedEvaluation` choose one of these.
         in_dims: as in `torch.vmap`, the batch axis of every argument whose rows are independent, None for one that all
             rows share: an int, or a tuple with an entry for each positional argument. A column of rows then costs as
             many evaluations as one element. The first backward verifies it, with one evaluation more.

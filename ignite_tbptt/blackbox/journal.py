@@ -14,6 +14,7 @@ import pickle
 import struct
 import threading
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor as Pool
@@ -26,6 +27,7 @@ from torch import Tensor
 from ignite_tbptt.blackbox.executors import Workers
 from ignite_tbptt.blackbox.flat import FlatCall
 from ignite_tbptt.blackbox.task import Executor, Result, Task
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Journaled"]
 
@@ -78,8 +80,9 @@ class Journaled:
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
         """See `Executor`."""
         order: deque[bytes] = deque()
-        running: deque[bytes] = deque()
-        failed: dict[bytes, Result] = {}
+        running: deque[tuple[bytes, bool]] = deque()
+        unkept: dict[bytes, Result] = {}
+        streams = RandomStreams.latest()
 
         def missing() -> Iterator[Task]:
             asked: set[bytes] = set()
@@ -89,26 +92,26 @@ class Journaled:
                 order.append(key)
                 if key not in self._places and key not in asked:
                     asked.add(key)
-                    running.append(key)
+                    running.append((key, task.streams is None))
                     yield task
 
         for result in self._executor(function, missing()):
-            key = running.popleft()
-            if result.error is None:
+            key, unwatched = running.popleft()
+            if result.error is None and not (unwatched and (result.drew or streams.have_moved())):
                 self._add(key, result)
-            else:
-                failed[key] = result
-            while order and (order[0] in self._places or order[0] in failed):
-                yield self._found(order.popleft(), failed)
+            else:  # it raised, or drew random numbers that are not in its key
+                unkept[key] = result
+            while order and (order[0] in self._places or order[0] in unkept):
+                yield self._found(order.popleft(), unkept)
         while order:
-            yield self._found(order.popleft(), failed)
+            yield self._found(order.popleft(), unkept)
 
-    def _found(self, key: bytes, failed: dict[bytes, Result]) -> Result:
-        return failed[key] if key in failed else self._read(key)
+    def _found(self, key: bytes, unkept: dict[bytes, Result]) -> Result:
+        return unkept[key] if key in unkept else self._read(key)
 
     def _open(self, program: FlatCall) -> None:
         """Read which evaluations are there, the first time."""
-        name = _identity(program)
+        name, _ = _known(program)
         with self._lock:
             if self._program:
                 if name != self._program:
@@ -183,6 +186,22 @@ class _Fingerprint(pickle.Pickler):
         return NotImplemented
 
 
+_KNOWN: weakref.WeakKeyDictionary[FlatCall, tuple[bytes, bytes]] = weakref.WeakKeyDictionary()
+
+
+def _known(program: FlatCall) -> tuple[bytes, bytes]:
+    """What a function is known by, and what it is given besides tensors, worked out at the first of its evaluations."""
+    found = _KNOWN.get(program)
+    if found is None:
+        if program.states:
+            raise ValueError(
+                f"{program.label} is a module, whose buffers and attributes no key would hold: a journal is for "
+                "functions; pass the module's numbers to one as arguments"
+            )
+        found = _KNOWN[program] = _identity(program), pickle.dumps(program.constants)
+    return found
+
+
 def _identity(program: FlatCall) -> bytes:
     """What a function is known by in every run: its code, and all that it holds."""
     file = io.BytesIO()
@@ -203,12 +222,7 @@ def _key(task: Task) -> bytes:
     for tensor in task.points:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
-    if task.program.states:
-        raise ValueError(
-            f"{task.program.label} is a module, whose buffers and attributes no key would hold: a journal is for "
-            "functions; pass the module's numbers to one as arguments"
-        )
-    digest.update(pickle.dumps(task.program.constants))
+    digest.update(_known(task.program)[1])
     if task.streams is not None:
         digest.update(_bytes(task.streams.torch_cpu))
         digest.update(pickle.dumps((task.streams.python, task.streams.numpy_legacy)))

@@ -28,9 +28,9 @@ from ignite_tbptt.blackbox.module_state import ModuleState
 from ignite_tbptt.blackbox.node import called, with_known_outputs
 from ignite_tbptt.blackbox.options import Options, make_options
 from ignite_tbptt.blackbox.reach import Reach
-from ignite_tbptt.blackbox.record import ALONE, Record
+from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.report import report_of
-from ignite_tbptt.blackbox.task import EvaluationCount, Executor
+from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Executor
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]

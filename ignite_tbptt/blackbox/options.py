@@ -75,8 +75,8 @@ def make_options(
     executor = _on_pool(executor)
     if executor is not None and executor is not map and (isinstance(executor, type) or not callable(executor)):
         raise TypeError(
-            f"executor must be called as map(function, tasks) is, got {executor!r}: give the map of a pool, "
-            "ThreadPoolExecutor(4).map say, or make one by calling it, SerialEvaluation() say"
+            f"executor must be called as map(function, tasks) is, got {executor!r}: give a pool, "
+            "ThreadPoolExecutor(4) say, or make one by calling it, SerialEvaluation() say"
         )
     if in_dims is None and isinstance(executor, StackedEvaluation) and executor.required:
         raise ValueError(

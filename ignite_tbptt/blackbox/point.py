@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.errors import LostEvaluationError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs, check_same_kind
 from ignite_tbptt.blackbox.moves import Moves
 from ignite_tbptt.blackbox.record import Record
@@ -164,7 +165,11 @@ def evaluated(jobs: Sequence[Job]) -> list[list[Tensor]]:
     for number, result in enumerate(executor(run, tasks())):
         job, own, where, copies = calls[number]
         record, point = job.point.record, job.point
-        outputs = record.count.taken(result, point.flat.label, where, copies * len(point.records), False)
+        try:
+            outputs = record.count.taken(result, point.flat.label, where, copies * len(point.records), False)
+        except LostEvaluationError:
+            own.append([value.new_full((copies, *value.shape), torch.nan) for value in point.values])
+            continue
         _check_kind(point, outputs, where, copies)
         tensors = [outputs.tensors[k] for k in point.floats]
         if copies > 1 and point.out_dims is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.coloring import Sparsity, coloring_of
-from ignite_tbptt.blackbox.errors import BlackboxError
+from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.flat import Outputs
 from ignite_tbptt.blackbox.moves import Coordinates
 from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
@@ -34,19 +34,27 @@ def verify(record: Record, gradients: int) -> Point | None:
         return None
     try:
         point = Point([record])
-        if record.options.repeatable and point.floats:
-            _repeat(point)
-        if record.flat.in_dims is not None:
-            _rows(point)
-        elif first and point.floats:
-            _look_for_rows(point)
-        sparsity = getattr(record.options.estimator.directions, "sparsity", None)
-        if sparsity is not None and point.floats:
-            _pattern(point, sparsity)
+        try:
+            _ask(point, first)
+        except LostEvaluationError:
+            record.facts.forget(key)  # it is asked again at the next gradient
     except BaseException:
         record.facts.forget(key)
         raise
     return point
+
+
+def _ask(point: Point, first: bool) -> None:
+    record = point.record
+    if record.options.repeatable and point.floats:
+        _repeat(point)
+    if record.flat.in_dims is not None:
+        _rows(point)
+    elif first and point.floats:
+        _look_for_rows(point)
+    sparsity = getattr(record.options.estimator.directions, "sparsity", None)
+    if sparsity is not None and point.floats:
+        _pattern(point, sparsity)
 
 
 def _repeat(point: Point) -> None:

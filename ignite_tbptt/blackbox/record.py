@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +20,10 @@ from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.options import Options
-from ignite_tbptt.blackbox.task import EvaluationCount, Task, run
+from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Task, run
 from ignite_tbptt.random_streams import RandomStreams
 
-__all__ = ["ALONE", "Record", "autocast_off"]
-
-# Whoever evaluates holds it: random streams belong to the process, not to a thread.
-ALONE = threading.RLock()
+__all__ = ["Record", "autocast_off"]
 
 
 class Record:

@@ -26,9 +26,9 @@ from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Coordinates, Moves, all_finite
 from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
 from ignite_tbptt.blackbox.probes import verify
-from ignite_tbptt.blackbox.record import ALONE, Record, autocast_off
+from ignite_tbptt.blackbox.record import Record, autocast_off
 from ignite_tbptt.blackbox.step_size import steps_around
-from ignite_tbptt.blackbox.task import SerialEvaluation, runs_elsewhere, size_of
+from ignite_tbptt.blackbox.task import ALONE, SerialEvaluation, runs_elsewhere, size_of
 
 __all__ = ["HELD_BYTES", "gradients", "tangents"]
 

@@ -9,24 +9,69 @@ and `SerialEvaluation` say the one, and take an executor for the other. Pairs wi
 from __future__ import annotations
 
 import contextlib
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Pool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.errors import BlackboxError
+from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
+from ignite_tbptt.blackbox.travel import Packed, as_arrays, as_tensors, packed, unpacked
 from ignite_tbptt.random_streams import RandomStreams
 
-__all__ = ["EvaluationCount", "Executor", "Result", "SerialEvaluation", "StackedEvaluation", "Task", "run", "size_of"]
+__all__ = [
+    "ALONE",
+    "EvaluationCount",
+    "Executor",
+    "Result",
+    "SerialEvaluation",
+    "StackedEvaluation",
+    "Task",
+    "run",
+    "size_of",
+]
 
-# The global random streams belong to one evaluation at a time.
-_STREAMS = threading.RLock()
+
+class _Level(threading.local):
+    """How many evaluations the code of a thread is inside of, those that other threads have asked it for included."""
+
+    now = 0
+
+
+_LEVEL = _Level()
+
+
+class _Alone:
+    """Held by whoever evaluates, since random streams belong to the process and not to a thread.
+
+    There is a lock for each level: a blackbox inside of an evaluation on a worker must not wait for the round that
+    waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[int, Any] = {0: threading.RLock()}
+
+    def acquire(self) -> None:
+        level = _LEVEL.now
+        (self._locks.get(level) or self._locks.setdefault(level, threading.RLock())).acquire()
+
+    def release(self) -> None:
+        self._locks[_LEVEL.now].release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+ALONE = _Alone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +83,24 @@ class Task:
         points: these tensors, which it may keep and change.
         streams: the random streams to draw from, None where it draws no numbers.
         first: whether it is the call itself, in which modules are the caller's own.
+        elsewhere: whether it was sent to another process, whose own random streams nobody watches.
+        level: how many evaluations it is inside of, itself included.
     """
 
     program: FlatCall
     points: list[Tensor]
     streams: RandomStreams | None = None
     first: bool = False
+    elsewhere: bool = False
+    level: int = field(default_factory=lambda: _LEVEL.now + 1)
+
+    def __reduce__(self) -> Any:
+        return _arrived, (packed(self.program), pickle.dumps((as_arrays(self.points), self.streams, self.first)))
+
+
+def _arrived(program: Packed, rest: bytes) -> Task:
+    points, streams, first = pickle.loads(rest)
+    return Task(unpacked(program), as_tensors(points), streams, first, elsewhere=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,26 +111,59 @@ class Result:
         outputs: the numbers, None where the function raised.
         error: what it raised.
         seconds: how long it took.
+        drew: whether it drew random numbers in another process, of which this one's streams have no trace.
+        lost: whether it is given up, and counts as NaN in every output, instead of raising.
     """
 
     outputs: Outputs | None
     error: Exception | None
     seconds: float
+    drew: bool = False
+    lost: bool = False
+
+    def __reduce__(self) -> Any:
+        outputs, tensors = None, None
+        if self.outputs is not None:
+            outputs, tensors = replace(self.outputs, tensors=[]), as_arrays(self.outputs.tensors)
+        rest = (self.seconds, self.drew, self.lost)
+        try:
+            data = pickle.dumps((tensors, outputs, self.error, *rest))
+            if self.error is not None:
+                pickle.loads(data)  # where this fails in the process of a pool, the pool breaks
+        except Exception as error:  # whatever the __reduce__ of an object of the user's raises
+            if self.error is not None:
+                told: Exception = RuntimeError(f"{type(self.error).__name__}: {self.error}")
+            else:
+                told = TypeError(f"its outputs cannot be sent back ({error}): return tensors, arrays and numbers")
+            data = pickle.dumps((None, None, told, *rest))
+        return _came_back, (data,)
+
+
+def _came_back(data: bytes) -> Result:
+    tensors, outputs, *rest = pickle.loads(data)
+    return Result(None if outputs is None else replace(outputs, tensors=as_tensors(tensors)), *rest)
 
 
 def run(task: Task) -> Result:
     """Evaluate; an exception is part of the result."""
+    if task.elsewhere and task.streams is None:
+        streams = RandomStreams.latest()
+        result = run(replace(task, elsewhere=False))
+        return replace(result, drew=streams.have_moved())
     start = time.perf_counter()
+    outside, _LEVEL.now = _LEVEL.now, task.level
     try:
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             if task.streams is None:
                 value = _evaluated(task)
             else:
-                with _STREAMS:
+                with ALONE:
                     task.streams.restore()
                     value = _evaluated(task)
     except Exception as error:
         return Result(None, error, time.perf_counter() - start)
+    finally:
+        _LEVEL.now = outside
     seconds = time.perf_counter() - start
     try:
         return Result(Outputs.of(value, task.program.label), None, seconds)
@@ -188,8 +278,11 @@ class EvaluationCount:
         """Count a result and give what came out.
 
         Raises:
+            LostEvaluationError: it is given up.
             BlackboxError: the function raised.
         """
+        if result.drew:
+            torch.rand(())  # whether a function draws is seen by its trace in the streams of this process
         with self._lock:
             self.seconds += result.seconds
             if probe:
@@ -200,7 +293,8 @@ class EvaluationCount:
         if result.outputs is not None:
             return result.outputs
         error = result.error
-        raise BlackboxError(
+        kind = LostEvaluationError if result.lost else BlackboxError
+        raise kind(
             f"{label} raised {type(error).__name__}: {error}\n"
             f"in evaluation {self.nfev + self.probes}, {where()}. If it cannot bear such a move, choose a smaller "
             "step, or BoundedStep to keep x inside its domain"

@@ -15,8 +15,48 @@ from torch import Tensor, nn
 from ignite_tbptt.blackbox import blackbox
 
 
+# Of operations that round alike whatever the size of an array, so that stacks may be compared bit for bit.
 def wave(x: Any, w: Any) -> Any:
-    return np.sin(x * w) + 0.1 * x**2
+    return np.sqrt(1 + x * w) + 0.1 * x * x
+
+
+def cumulated(x: Any) -> Any:
+    return np.cumsum(x) * x.sum()
+
+
+def recurrent(x: Any, h: Any) -> Any:
+    return np.tanh(x + 0.5 * h)
+
+
+def rooted(x: Any) -> Any:
+    """Defined on one side of zero."""
+    return np.where(x < 0, np.nan, x) * np.sqrt(np.abs(x) + 1)
+
+
+def squared(x: Tensor) -> Tensor:
+    return (x * x).detach()
+
+
+class Busy:
+    """Squares, and takes its time."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self.seconds = milliseconds / 1000
+
+    def __call__(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return squared(x)
+
+
+class Table:
+    """An object that is passed through."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+
+def looked_up(x: Tensor, table: Table) -> Tensor:
+    return (x * table.values[: len(x)]).detach()
 
 
 def noisy_wave(x: Tensor) -> Tensor:
