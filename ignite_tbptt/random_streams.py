@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import random
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +62,10 @@ class RandomStreams:
         legacy = before.numpy_legacy if before is not None and known else _from_numpy()
         return cls(torch.get_rng_state(), cuda, legacy, random.getstate())
 
+    @functools.cached_property
+    def _torch_bytes(self) -> bytes:
+        return self.torch_cpu.numpy().tobytes()
+
     @classmethod
     def latest(cls) -> RandomStreams:
         """The present state, taken from the last one that was asked for here where nothing has moved since.
@@ -76,7 +82,7 @@ class RandomStreams:
 
         Draws show in the position within a state, or, where it comes round, in the first word, which is new by then.
         """
-        if not torch.equal(self.torch_cpu, torch.get_rng_state()):
+        if _torch_has_moved(self._torch_bytes):
             return True
         if _python_has_moved(self.python):
             return True
@@ -103,6 +109,32 @@ class RandomStreams:
         with random_streams_kept():
             self.restore()
             yield
+
+
+def _torch_has_moved(before: bytes) -> bool:
+    if _TORCH is not None and not any(before[_NORMAL:]):  # to ask for all words takes 5 us, cold
+        position, first = struct.unpack_from("<QQ", before, _POSITION)
+        return bool(_TORCH[0] != position or _TORCH[1] != first)
+    return before != torch.get_rng_state().numpy().tobytes()
+
+
+def _torch_in_memory() -> Any:
+    """The position and the words of torch's CPU generator in memory; None where they do not lie as in torch 2.13."""
+    with contextlib.suppress(Exception):  # whatever another torch makes of an address
+        trial = torch.Generator()
+        torch.rand(3, generator=trial)
+        state = trial.get_state().numpy().tobytes()
+        position, *words = struct.unpack_from("<Q8Q", state, _POSITION)
+        memory = (ctypes.c_uint32 * 64).from_address(trial._cdata)  # type: ignore[attr-defined]
+        start = next(k for k in range(1, 56) if [*memory[k - 1 : k + 8]] == [position, *words])
+        torch.rand(1, generator=trial)
+        if memory[start - 1] != position + 1 or any(state[_NORMAL:]):
+            return None
+        torch.randn(1, generator=trial)  # one more normal number is kept
+        if any(trial.get_state().numpy().tobytes()[_NORMAL:]):
+            address = torch.default_generator._cdata + 4 * (start - 1)  # type: ignore[attr-defined]
+            return (ctypes.c_uint32 * 2).from_address(address)
+    return None
 
 
 def _numpy_has_moved(before: Any) -> bool:
@@ -135,6 +167,9 @@ def _python_in_memory() -> Any:
 
 
 _LATEST: list[RandomStreams] = []
+# where in the bytes of torch's state the position in the words, and normal numbers that are kept, begin
+_POSITION, _NORMAL = 16, 5040
+_TORCH = _torch_in_memory()
 _Twister = ctypes.c_uint32 * 625
 _PYTHON = _python_in_memory() if sys.implementation.name == "cpython" else None
 

@@ -107,6 +107,8 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_vmapmode_decrement_nesting": batched,
     "_add_batch_dim": batched,
     "_remove_batch_dim": batched,
+    "_is_any_autocast_enabled": lambda: torch._C._is_any_autocast_enabled() is False,
+    "_cdata": lambda: isinstance(torch.default_generator._cdata, int),  # type: ignore[attr-defined]
     "_will_engine_execute_node": lambda: callable(torch._C._will_engine_execute_node),
     # Ignite
     "_allowed_events": lambda: Events.STARTED in ran()._allowed_events,
@@ -150,6 +152,31 @@ def test_numpy_keeps_its_generator_where_it_is_read() -> None:
     memory = (ctypes.c_uint32 * 625).from_address(generator.ctypes.state_address)
     assert list(memory[:624]) == state[1].tolist()
     assert memory[624] == state[2]
+
+
+def test_torchs_generator_is_where_it_is_read() -> None:
+    from ignite_tbptt.random_streams import _TORCH, RandomStreams, random_streams_kept
+
+    assert _TORCH is not None
+    draws: list[Callable[[], object]] = [
+        lambda: torch.rand(1),
+        lambda: torch.randn(1),  # the second normal number of the pair is kept outside of the words
+        lambda: torch.randn(1),
+        lambda: torch.randn(1, dtype=torch.float64),
+        lambda: torch.randn(1, dtype=torch.float64),
+        lambda: torch.randn(32),
+        lambda: torch.rand(624),
+        lambda: torch.randperm(5),
+        lambda: torch.nn.functional.dropout(torch.ones(3)),
+        lambda: torch.manual_seed(4),
+    ]
+    with random_streams_kept():
+        torch.manual_seed(3)
+        for draw in draws:
+            before = RandomStreams.now()
+            assert not before.have_moved()
+            draw()
+            assert before.have_moved()
 
 
 def test_pythons_generator_is_where_it_is_read() -> None:
