@@ -33,6 +33,8 @@ class Facts:
         calls: nodes of forward calls whose graph is alive, by number.
         estimators: the estimator with steps that were measured, by the inputs that they belong to.
         measurements: what was measured for them.
+        axes: the batch axes of the arguments of the last call, and its shapes.
+        out_axes: likewise of its outputs.
         measures: whether steps are measured though nobody asked for it, because the default one does not suit.
         draws: whether some evaluation drew random numbers; None before the first.
     """
@@ -45,6 +47,8 @@ class Facts:
         self.estimators: dict[Any, Any] = {}
         self.measurements: dict[Any, Any] = {}
         self.measures = False
+        self.axes: tuple[Any, Any] = (None, None)
+        self.out_axes: tuple[Any, Any] = (None, None)
         self._gradients: dict[Any, int] = {}
         self._number = 0
         # of blackboxes that are alive and called alike each draws directions of its own

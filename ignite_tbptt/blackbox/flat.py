@@ -48,6 +48,9 @@ class _Place:
     subclass: tuple[type[Tensor], dict[str, Any]] | None = None
 
 
+_LEAF = _Place(0)
+
+
 class Captured(NamedTuple):
     """A module as it was before a forward that has run already."""
 
@@ -104,6 +107,7 @@ class FlatCall:
         kwargs: its keyword arguments.
         numpy: whether the function is to be given arrays in the place of tensors.
         label: what the function is called in messages.
+        captured: the module that is called, which the function is given before its arguments.
 
     Attributes:
         tensors: all tensors that the outputs depend on; taken out by whoever makes the call differentiable.
@@ -118,6 +122,7 @@ class FlatCall:
         *,
         numpy: bool = False,
         label: str | None = None,
+        captured: Captured | None = None,
     ) -> None:
         self.fn, self.numpy = fn, numpy
         self.label = name_of(fn) if label is None else label
@@ -126,15 +131,22 @@ class FlatCall:
         self.in_dims: tuple[int | None, ...] | None = None
         self.states: list[ModuleState] = []
         self._originals: dict[int, nn.Module] = {}
-        self._only_tensors = not kwargs and all(type(arg) in (Tensor, nn.Parameter) for arg in args)
-        if self._only_tensors and all(arg.layout is torch.strided for arg in args):
-            self.tensors = list(args)
-            self._count = len(args)
+        self._count = len(args)
+        self._own = 0  # how many of the tensors are parameters of the module that is called
+        self._called = captured is not None
+        if captured is not None:
+            self.tensors += captured.parameters
+            self._own = len(captured.parameters)
+            self.states.append(captured.state)
+            self._originals[-1] = captured.module
+        self._only_tensors = not kwargs and all(
+            type(arg) in (Tensor, nn.Parameter) and arg.layout is torch.strided for arg in args
+        )
+        if self._only_tensors:
+            self.tensors += args
         else:
-            self._only_tensors = False
             self._args = [self._taken(arg) for arg in args]
             self._kwargs = {name: self._taken(value) for name, value in kwargs.items()}
-            self._count = len(args)
 
     def _taken(self, value: Any) -> Any:
         """A nest with places where tensors and modules were."""
@@ -157,12 +169,11 @@ class FlatCall:
         if isinstance(value, nn.Module):
             if isinstance(value, torch.jit.ScriptModule):
                 return value
-            value = Captured(*ModuleState.of(value), value)
-        if isinstance(value, Captured):
-            place = _Place(len(self.tensors), module=value.state)
-            self.tensors += value.parameters
-            self.states.append(value.state)
-            self._originals[place.index] = value.module
+            state, parameters = ModuleState.of(value)
+            place = _Place(len(self.tensors), module=state)
+            self.tensors += parameters
+            self.states.append(state)
+            self._originals[place.index] = value
             return place
         pairs = nest.children(value)
         if pairs is not None:
@@ -186,18 +197,22 @@ class FlatCall:
 
     def first_time(self, *tensors: Tensor) -> Any:
         """The value of the function in the call itself, where modules are not copies but the caller's own."""
-        if self._only_tensors:
-            return self(*tensors)
-        args = [self._put(arg, tensors, self._originals) for arg in self._args]
-        kwargs = {name: self._put(value, tensors, self._originals) for name, value in self._kwargs.items()}
-        return self.fn(*args, **kwargs)
+        return self._value(tensors, self._originals)
 
     def __call__(self, *tensors: Tensor) -> Any:
         """The value of the function at these tensors, which it may keep and change."""
+        return self._value(tensors, {})
+
+    def _value(self, tensors: Sequence[Tensor], originals: dict[int, nn.Module]) -> Any:
+        called: tuple[Any, ...] = ()
+        if self._called:
+            called = (originals[-1] if originals else self.states[0].with_parameters(tensors[: self._own]),)
         if self._only_tensors:
-            return self.fn(*(_as_array(tensor) for tensor in tensors)) if self.numpy else self.fn(*tensors)
-        args = [self._put(arg, tensors, {}) for arg in self._args]
-        return self.fn(*args, **{name: self._put(value, tensors, {}) for name, value in self._kwargs.items()})
+            given = tensors[self._own :] if self._own else tensors
+            return self.fn(*called, *map(_as_array, given)) if self.numpy else self.fn(*called, *given)
+        args = [self._put(arg, tensors, originals) for arg in self._args]
+        kwargs = {name: self._put(value, tensors, originals) for name, value in self._kwargs.items()}
+        return self.fn(*called, *args, **kwargs)
 
     def _put(self, value: Any, tensors: Sequence[Tensor], originals: dict[int, nn.Module]) -> Any:
         if isinstance(value, _Place):
@@ -225,9 +240,13 @@ class FlatCall:
     @property
     def key(self) -> Any:
         """Equal in calls that are the same function of their tensors; None where that cannot be told."""
+        found: list[Any] = [id(self.fn), self._count]
+        if self._called:
+            if self.states[0].key is None:
+                return None
+            found.append(self.states[0].key)
         if self._only_tensors:
-            return (id(self.fn), self._count)
-        found: list[Any] = [id(self.fn)]
+            return tuple(found)
         pending = [*self._args, *self._kwargs.items()]
         while pending:
             value = pending.pop()
@@ -252,42 +271,35 @@ class FlatCall:
         """Which modules among the arguments are training."""
         return tuple(state.flags for state in self.states)
 
-    def bind_in_dims(self, in_dims: Any) -> None:
-        """Set one batch axis, or None, for each tensor; keyword arguments and parameters have none.
+    @property
+    def shapes(self) -> Any:
+        """Of all tensors, where these are all that the batch axes depend on; else None."""
+        return (self._own, [tensor.shape for tensor in self.tensors]) if self._only_tensors else None
+
+    def bound(self, in_dims: Any) -> tuple[int | None, ...]:
+        """One batch axis, or None, for each tensor; keyword arguments and parameters have none.
 
         Raises:
             TypeError: an entry that is neither an int nor None.
             ValueError: in_dims do not have the structure of the arguments, give an axis to what is no tensor, or name
                 axes that are not there or not of one size.
         """
-        if in_dims is None:
-            return
         if isinstance(in_dims, list):
             in_dims = tuple(in_dims)
-        skip = 1 if self._module_first else 0
-        count = self._count - skip
-        if isinstance(in_dims, int):
-            entries: Any = (in_dims,) * count
-        else:
-            entries = in_dims
-        if not isinstance(entries, tuple) or len(entries) != count:
+        entries: Any = (in_dims,) * self._count if isinstance(in_dims, int) else in_dims
+        if not isinstance(entries, tuple) or len(entries) != self._count:
             raise self._mismatch(in_dims)
         dims: list[int | None] = [None] * len(self.tensors)
         if self._only_tensors:
-            for k, dim in enumerate(entries):
+            for k, dim in enumerate(entries, self._own):
                 if isinstance(dim, (tuple, list, dict)):
                     raise self._mismatch(in_dims)
                 _check_dim(dim, in_dims)
                 dims[k] = dim
         else:
-            for dim, arg in zip(entries, self._args[skip:], strict=True):
+            for dim, arg in zip(entries, self._args, strict=True):
                 self._spread(dim, arg, dims, in_dims)
-        self.in_dims = self._checked(dims)
-
-    @property
-    def _module_first(self) -> bool:
-        """Whether the first argument is not the user's, but the module that is called."""
-        return self.fn in (call_module, call_forward)
+        return self._checked(dims)
 
     def _spread(self, dim: Any, arg: Any, dims: list[int | None], in_dims: Any) -> None:
         """Give every tensor below an argument the entry that stands for it."""
@@ -352,8 +364,10 @@ class FlatCall:
 
     def name(self, k: int) -> str:
         """What a tensor is called in messages, as one would write it inside the function: ``batch['image']``."""
+        if k < self._own:
+            return f"parameter {self.states[0].names[k]}"
         if self._only_tensors:
-            return self._parameter(k)
+            return self._parameter(k - self._own)
         return self._spelled(k)
 
     def _spelled(self, wanted: Any) -> str:
@@ -363,9 +377,7 @@ class FlatCall:
 
     def _parameter(self, index: int) -> str:
         with_names = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        fn = self.fn
-        if self._module_first:
-            fn, index = self.states[0].forward, index - 1
+        fn = self.states[0].forward if self._called else self.fn
         try:
             parameters = [p.name for p in inspect.signature(fn).parameters.values() if p.kind in with_names]
         except (TypeError, ValueError):
@@ -429,6 +441,9 @@ class Outputs:
         Raises:
             TypeError: there is no tensor, array or float in it, or one is complex or masked.
         """
+        tensor = _as_tensor(value, label)
+        if tensor is not None and tensor.is_floating_point():
+            return cls([tensor], [not isinstance(value, Tensor)], _LEAF, [])
         found = cls([], [], None, [])
         kinds: set[str] = set()
         template = found._taken(value, label, kinds)

@@ -72,7 +72,6 @@ class BlackboxFunction(Generic[P, R]):
         flat = FlatCall(self._fn, args, kwargs, numpy=self._options.numpy, label=self._label)
         if flat.closed:
             self._facts.name_closed(self._label, flat.closed)
-        flat.bind_in_dims(self._options.in_dims)
         return cast("R", called(Record(flat, self._options, self.count, self._facts)))
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:

@@ -120,13 +120,12 @@ class Binding:
         # A full backward hook hands its inputs through a node of its own, which the gradient has to pass.
         hooked = bool(module._backward_hooks or module._backward_pre_hooks)
         args, kwargs = args if hooked else begun.args, begun.kwargs
-        flat = FlatCall(call_forward, (begun.captured, *args), kwargs, label=self.name)
+        flat = FlatCall(call_forward, args, kwargs, label=self.name, captured=begun.captured)
         self._facts.name_closed(self.name, flat.closed)
         if not any(tensor.requires_grad for tensor in flat.tensors):
             return None
         self._warn_once_where_autograd_sees(flat.tensors, outputs)
         begun.captured.state.adopt(module)
-        flat.bind_in_dims(self._options.in_dims)
         record = Record(flat, self._options, self._count, self._facts)
         return with_known_outputs(record, outputs, begun.streams)
 
@@ -339,9 +338,9 @@ class Blackbox(nn.Module):
         if self.module is None:
             flat = FlatCall(self.fn, args, kwargs, numpy=self._numpy)
         else:
-            flat = FlatCall(call_module, (self.module, *args), kwargs, label=type(self.module).__name__)
+            captured = Captured(*ModuleState.of(self.module), self.module)
+            flat = FlatCall(call_module, args, kwargs, label=type(self.module).__name__, captured=captured)
         self._facts.name_closed(flat.label, flat.closed)
-        flat.bind_in_dims(self._options.in_dims)
         return called(Record(flat, self._options, self.count, self._facts))
 
     def extra_repr(self) -> str:

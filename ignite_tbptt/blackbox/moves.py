@@ -574,6 +574,8 @@ def weighted(values: Tensor, origin: Tensor, weights: Sequence[float]) -> Tensor
 
     The weights sum to 0, some of them only up to rounding: what did not move has to cancel before they are applied.
     """
+    if len(weights) == 2 and weights[0] == -weights[1]:  # the origin takes no part
+        return (values[:, 1] - values[:, 0]).mul_(weights[1])
     total = values[:, 0] - origin
     if weights[0] != 1.0:
         total *= weights[0]

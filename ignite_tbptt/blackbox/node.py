@@ -102,7 +102,7 @@ class _FiniteDifferences(torch.autograd.Function):
         call: Record = ctx.record
         call.needed = [tangent is not None for tangent in along]
         found = tangents(call, along)
-        return tuple(None if t is None else t.to(y) for t, y in zip(found, ctx.kinds, strict=True))
+        return tuple(None if t is None else t.to(*kind) for t, kind in zip(found, ctx.kinds, strict=True))
 
 
 def _gradients(record: Record, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -168,8 +168,10 @@ def _remember(ctx: Any, record: Record, tensors: Sequence[Tensor], output: tuple
     record.remember(tensors)
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
-    ctx.kinds = [tensor.new_empty(0) for tensor in output]
-    ctx.mark_non_differentiable(*[tensor for tensor in output if not tensor.is_floating_point()])
+    ctx.kinds = [(tensor.device, tensor.dtype) for tensor in output]
+    integers = [tensor for tensor in output if not tensor.is_floating_point()]
+    if integers:
+        ctx.mark_non_differentiable(*integers)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

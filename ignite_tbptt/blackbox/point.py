@@ -41,32 +41,33 @@ class Point:
         self.records, self.record = records, records[0]
         record = self.record
         self.flat: FlatCall = record.flat
-        self.x = record.points(record.tensors)
+        tensors = record.tensors
+        if len(records) > 1:
+            tensors = [
+                x if dim is None else torch.cat([each.tensors[k] for each in records], dim)
+                for k, (x, dim) in enumerate(zip(tensors, self.flat.in_dims or (), strict=True))
+            ]
+        self.x = record.points(tensors)
         for each in records:
             if each.first is None:
-                x = self.x if each is record else each.points(each.tensors)
-                each.first = self._at_x(each, x)
+                each.first = self._at_x(each, each.points(each.tensors))
         assert record.first is not None
         self.first: Outputs = record.first
         self.floats = [k for k, t in enumerate(self.first.tensors) if t.is_floating_point() and t.numel()]
         self.values = [self.first.tensors[k] for k in self.floats]
         self.out_dims = [record.out_dims[k] for k in self.floats] if record.out_dims is not None else None
         if len(records) > 1:
-            in_dims, out_dims = self.flat.in_dims or (), self.out_dims or ()
-            others = [each.points(each.tensors) for each in records[1:]]
-            for k, dim in enumerate(in_dims):
-                if dim is not None:
-                    self.x[k] = torch.cat([self.x[k], *(x[k] for x in others)], dim)
             firsts = [each.first.tensors for each in records if each.first is not None]
             self.values = [
-                torch.cat([first[k] for first in firsts], dim) for k, dim in zip(self.floats, out_dims, strict=True)
+                torch.cat([first[k] for first in firsts], dim)
+                for k, dim in zip(self.floats, self.out_dims or (), strict=True)
             ]
         x_types = {point.dtype for point in self.x if point.is_floating_point()}
         self.eps = max(torch.finfo(dtype).eps for dtype in x_types | {value.dtype for value in self.values})
         self.size = size_of(self.x)
 
     def _at_x(self, record: Record, x: list[Tensor]) -> Outputs:
-        return evaluate_at(record, [t.clone() for t in x], "at x itself")
+        return evaluate_at(record, x, "at x itself")
 
     @property
     def stacks(self) -> bool:
@@ -206,13 +207,7 @@ def _check_kind(point: Point, outputs: Outputs, where: Callable[[], str], copies
         for k, value in zip(point.floats, point.values, strict=True):
             rows.tensors[k] = value
         first = rows
-    elif first.foreign == outputs.foreign and _same(first, outputs):
-        return
     check_same_kind(first, outputs, point.flat.label, remedy, where(), copies, point.record.out_dims)
-
-
-def _same(first: Outputs, outputs: Outputs) -> bool:
-    return first.template is outputs.template
 
 
 def _own(moved: Tensor, stride: tuple[int, ...]) -> Tensor:

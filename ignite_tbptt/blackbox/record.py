@@ -47,6 +47,11 @@ class Record:
         self.out_dims: list[int] | None = None
         self.number = self.times = 0
         self.held: Any = None  # slopes of outputs that an earlier backward has left here
+        if options.in_dims is not None:
+            axes, self._shapes = facts.axes, flat.shapes
+            if self._shapes is None or axes[0] != self._shapes:
+                axes = facts.axes = self._shapes, flat.bound(options.in_dims)
+            flat.in_dims = axes[1]
 
     def again(self) -> Record:
         """A record for another entry of a vmapped call."""
@@ -72,7 +77,7 @@ class Record:
         self.by_hook = True
         outputs = Outputs.of(value, self.flat.label)
         self.drew_since(streams)
-        if not (self.autocast or self.options.dtype or self.options.device):
+        if not self._casts:
             self.first = outputs
         return self._finish(outputs, tensors)
 
@@ -97,6 +102,12 @@ class Record:
         # what is evaluated with autocast off differs from what the module itself computed under it
         self.autocast = _any_autocast(tensors)
         self.needed = [tensor.requires_grad for tensor in tensors]
+        dtype, device = self.options.dtype, self.options.device
+        self._casts = (
+            self.autocast
+            or (dtype is not None and any(tensor.dtype != dtype for tensor in tensors))
+            or (device is not None and any(tensor.device.type != device for tensor in tensors))
+        )
 
     def _evaluated(self, tensors: Sequence[Tensor]) -> Outputs:
         with autocast_off(tensors) if self.autocast else contextlib.nullcontext():
@@ -107,11 +118,10 @@ class Record:
         return result.outputs
 
     def points(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors as the function gets them, in memory of their own."""
-        dtype, device = self.options.dtype, self.options.device
-        if dtype is None and device is None and not self.autocast:
-            return [tensor.detach().clone() for tensor in tensors]
-        return [_cast(tensor, dtype, device, self.autocast) for tensor in tensors]
+        """The tensors as the function gets them, in memory of their own; made where no gradients are recorded."""
+        if not self._casts:
+            return [tensor.clone() for tensor in tensors]
+        return [_cast(tensor, self.options.dtype, self.options.device, self.autocast) for tensor in tensors]
 
     def remember(self, tensors: Sequence[Tensor]) -> None:
         """Keep what a backward needs."""
@@ -157,29 +167,29 @@ class Record:
     def _finish(self, outputs: Outputs, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Output tensors in the precision and on the device that the caller uses, in memory of their own."""
         self.outputs = outputs
-        self.facts.name_passed(self.flat.label, outputs.passed)
+        if outputs.passed:
+            self.facts.name_passed(self.flat.label, outputs.passed)
         if self.flat.in_dims is not None:
-            self.out_dims = self._checked_out_dims(tensors)
-        options = self.options
-        recast = options.dtype is not None or options.device is not None
+            axes, shapes = self.facts.out_axes, (self._shapes, [(t.shape, t.dtype) for t in outputs.tensors])
+            if self._shapes is None or axes[0] != shapes:
+                axes = self.facts.out_axes = shapes, self._checked_out_dims(tensors)
+            self.out_dims = axes[1]
+        recast = self.options.dtype is not None or self.options.device is not None
         if not recast and not any(outputs.foreign):
             return tuple([tensor.clone() for tensor in outputs.tensors])
-        floats = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        floats = [dtype for dtype in {tensor.dtype for tensor in tensors} if dtype.is_floating_point]
         dtype = functools.reduce(torch.promote_types, floats) if floats else torch.get_default_dtype()
         device = tensors[0].device if tensors else torch.device("cpu")
         return tuple(
-            tensor.to(
-                device=device if foreign or recast else tensor.device,
-                dtype=dtype if tensor.is_floating_point() and (foreign or recast) else tensor.dtype,
-                copy=True,
-            )
-            for tensor, foreign in zip(outputs.tensors, outputs.foreign, strict=True)
+            [
+                _recast(tensor, dtype, device) if foreign or recast else tensor.clone()
+                for tensor, foreign in zip(outputs.tensors, outputs.foreign, strict=True)
+            ]
         )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None, device: str | None, autocast: bool) -> Tensor:
     """A tensor as the blackbox gets it, in memory of its own."""
-    tensor = tensor.detach()
     if not tensor.is_floating_point():
         return tensor.to(device=device or tensor.device, copy=True)
     if dtype is None and autocast and tensor.dtype in (torch.float16, torch.bfloat16):
@@ -189,8 +199,17 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, device: str | None, autocas
     return tensor.to(device=device or tensor.device, dtype=dtype)
 
 
+def _recast(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An output as the caller gets it, in memory of its own."""
+    if not tensor.is_floating_point():
+        dtype = tensor.dtype
+    if tensor.dtype == dtype and tensor.device == device:
+        return tensor.clone()
+    return tensor.to(device=device, dtype=dtype, copy=True)
+
+
 def _any_autocast(tensors: Sequence[Tensor]) -> bool:
-    return any(torch.is_autocast_enabled(kind) for kind in {tensor.device.type for tensor in tensors})
+    return torch._C._is_any_autocast_enabled() and any(torch.is_autocast_enabled(t.device.type) for t in tensors)
 
 
 def autocast_off(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:

@@ -9,6 +9,7 @@ contracted portion by portion. Pairs with `node`, which knows what a backward re
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,7 @@ class _Slopes:
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """Slopes that wait for the cotangent of a record, and which rows of them are its own."""
+    """Slopes that wait for the cotangent of a record, and which rows of them are its own: the first, and how many."""
 
     point: Point
     slopes: list[tuple[Group, list[_Slopes]]]
@@ -84,25 +85,24 @@ def gradients(
     start = time.perf_counter()
     held, record.held = record.held, None
     if held is not None:
-        with torch.no_grad():
-            found = [_assembled(record, each) for each in _contracted(record, held, held.slopes, many)]
+        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+            found = _contracted(record, held, held.slopes, many)
         return _counted(record, found, start)
     with ALONE, torch.no_grad(), autocast_off(record.tensors):
         before, moved = record.facts.streams(), True
         try:
             held, slopes = _evaluate(record, reachable(), many[0])
-            parts = _contracted(record, held, slopes, many)
+            found = _contracted(record, held, slopes, many)
             moved = record.draws or before.have_moved()
             if moved and not record.draws:
                 # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
                 # included.
                 record.draws, record.facts.draws, record.first, record.held = True, True, None, None
                 held, slopes = _evaluate(record, [record], many[0])
-                parts = _contracted(record, held, slopes, many)
+                found = _contracted(record, held, slopes, many)
         finally:
             if moved:
                 before.restore()
-        found = [_assembled(record, each) for each in parts]
     return _counted(record, found, start)
 
 
@@ -177,7 +177,7 @@ def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[
         start = 0
         for each in alike:
             rows = _rows(each)
-            each.held = _Held(point, slopes, (start, start + rows))
+            each.held = _Held(point, slopes, (start, rows))
             start += rows
     else:
         together = _side_by_side(record, others)
@@ -349,40 +349,47 @@ def _inside(point: Point, moves: Moves) -> bool:
     return all(torch.equal(step_size.inside(part, position), part) for position, part in parts)
 
 
-_Parts = list[tuple[Group, Tensor]]
-
-
-def _contracted(record: Record, held: _Held, slopes: Any, many: Sequence[Cotangents]) -> list[_Parts]:
-    """The gradient of every block, for each of the cotangents."""
+def _contracted(record: Record, held: _Held, slopes: Any, many: Sequence[Cotangents]) -> list[list[Tensor | None]]:
+    """The gradient of every tensor that needs one, for each of the cotangents."""
     if len(many) > 1:
         slopes = [(group, list(some)) for group, some in slopes]
     return [_contracted_once(record, held, slopes, cotangents) for cotangents in many]
 
 
-def _contracted_once(record: Record, held: _Held, slopes: Any, cotangents: Cotangents) -> _Parts:
-    point = held.point
+def _contracted_once(record: Record, held: _Held, slopes: Any, cotangents: Cotangents) -> list[Tensor | None]:
+    point, tensors = held.point, record.tensors
+    found: list[Tensor | None] = [None] * len(tensors)
     used = [(n, k) for n, k in enumerate(point.floats) if cotangents[k] is not None]
     first = record.first
-    if not used or first is None:
-        return []
-    v = [cotangents[k].to(first.tensors[k].device) for _, k in used]  # type: ignore[union-attr]
-    dims = None if point.out_dims is None else [point.out_dims[n] for n, _ in used]
-    found: _Parts = []
-    for group, some in slopes:
-        total, moves = None, None
-        for slope in some:
-            outputs = [slope.outputs[n] for n, _ in used]
-            if held.rows is not None and dims is not None:
-                start, stop = held.rows
-                outputs = [out.narrow(dim + 1, start, stop - start) for out, dim in zip(outputs, dims, strict=True)]
-            if slope.broken:
-                _check_finite(record, slope, outputs, [k for _, k in used], v)
-            moves = slope.moves
-            rows = dims if group.rows_move else None
-            total = moves.added(moves.contracted(outputs, v, rows, slope.broken), total)
-        if moves is not None:
-            found.append((group, moves.gradient(total)))
+    if used and first is not None:
+        v = [cotangents[k].to(first.tensors[k].device) for _, k in used]  # type: ignore[union-attr]
+        dims = None if point.out_dims is None else [point.out_dims[n] for n, _ in used]
+        for group, some in slopes:
+            total, moves = None, None
+            for slope in some:
+                outputs = [slope.outputs[n] for n, _ in used]
+                if held.rows is not None and dims is not None:
+                    start, size = held.rows
+                    outputs = [out.narrow(dim + 1, start, size) for out, dim in zip(outputs, dims, strict=True)]
+                if slope.broken:
+                    _check_finite(record, slope, outputs, [k for _, k in used], v)
+                moves = slope.moves
+                rows = dims if group.rows_move else None
+                total = moves.added(moves.contracted(outputs, v, rows, slope.broken), total)
+            if moves is not None:
+                _put(found, tensors, group, moves.gradient(total))
+    for k, need in enumerate(record.needed):
+        if need and found[k] is None:
+            found[k] = torch.zeros_like(tensors[k])
     return found
+
+
+def _put(found: list[Tensor | None], tensors: Sequence[Tensor], group: Group, gradient: Tensor) -> None:
+    """The gradient of a block, in the shapes, precisions and on the devices of its tensors."""
+    layouts = [rows_of(tensors[k].shape, dim) for k, dim in zip(group.members, group.dims, strict=True)]
+    pieces = gradient.split_with_sizes([layout.width for layout in layouts], -1) if len(layouts) > 1 else [gradient]
+    for k, layout, piece in zip(group.members, layouts, pieces, strict=True):
+        found[k] = layout.join(piece).to(tensors[k])
 
 
 def _check_finite(
@@ -409,17 +416,3 @@ def _check_finite(
                 f"{label} is NaN or infinite {slope.sides} with {text}; choose a smaller step, or BoundedStep to keep "
                 "x inside the domain"
             )
-
-
-def _assembled(record: Record, parts: _Parts) -> list[Tensor | None]:
-    """Gradients in the shapes, precisions and on the devices of the tensors."""
-    found: list[Tensor | None] = [
-        torch.zeros_like(tensor) if need else None for tensor, need in zip(record.tensors, record.needed, strict=True)
-    ]
-    for group, gradient in parts:
-        layouts = [rows_of(record.tensors[k].shape, dim) for k, dim in zip(group.members, group.dims, strict=True)]
-        pieces = gradient.split_with_sizes([layout.width for layout in layouts], -1) if len(layouts) > 1 else [gradient]
-        for k, layout, piece in zip(group.members, layouts, pieces, strict=True):
-            tensor = record.tensors[k]
-            found[k] = layout.join(piece).to(device=tensor.device, dtype=tensor.dtype)
-    return found
