@@ -34,6 +34,7 @@ def blackbox_from_command(
     timeout: float | None = None,
     estimator: Estimator | None = None,
     executor: Executor | Pool | None = None,
+    in_dims: Any = None,
     repeatable: bool = True,
 ) -> BlackboxFunction[..., Any]:
     """Make an external program a differentiable function.
@@ -59,6 +60,8 @@ def blackbox_from_command(
         timeout: seconds after which the program, and what it has started, is killed.
         estimator: see `blackbox`.
         executor: see `blackbox`; ``ThreadPoolExecutor(8)`` runs eight programs at a time.
+        in_dims: the batch axis of each argument, as in `blackbox`; the program is started once for each row then, with
+            the numbers of that row.
         repeatable: see `blackbox`.
 
     Raises:
@@ -78,7 +81,15 @@ def blackbox_from_command(
     if stdin not in ("arguments", "json"):
         raise ValueError(f"stdin must be 'arguments' or 'json', got {stdin!r}")
     program = _Program(tuple(command), stdin, timeout)
-    return blackbox(program, numpy=True, estimator=estimator, executor=executor, repeatable=repeatable)
+    return blackbox(
+        program,
+        numpy=True,
+        estimator=estimator,
+        executor=executor,
+        in_dims=in_dims,
+        repeatable=repeatable,
+        vectorized=in_dims is None,
+    )
 
 
 @dataclass(frozen=True)

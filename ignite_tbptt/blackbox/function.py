@@ -103,6 +103,7 @@ def blackbox(
     numpy: bool = False,
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
+    vectorized: bool = True,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Callable[[Callable[P, R]], BlackboxFunction[P, R]]: ...
@@ -119,6 +120,7 @@ def blackbox(  # type: ignore[overload-overlap]
     numpy: bool = False,
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
+    vectorized: bool = True,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Blackbox: ...
@@ -135,6 +137,7 @@ def blackbox(
     numpy: bool = False,
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
+    vectorized: bool = True,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> BlackboxFunction[P, R]: ...
@@ -150,6 +153,7 @@ def blackbox(
     numpy: bool = False,
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
+    vectorized: bool = True,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Any:
@@ -194,6 +198,9 @@ def blackbox(
             arguments.
         repeatable: False for a function that is noisy by nature, and gives other outputs for the same inputs although
             the global random streams are replayed. True refuses such a function at the first gradient.
+        vectorized: False for a function of one row, without the batch axes that in_dims name, as under `torch.vmap`: an
+            external program, a simulator. The rows of the call and those of every moved point are evaluated one by one
+            by the executor, and the outputs are stacked along out_dims.
         count: where evaluations are counted; a new one by default.
         evaluator: the old name of `executor`.
 
@@ -203,7 +210,8 @@ def blackbox(
     Raises:
         TypeError: fn is not callable, or dtype is not one of floating point; when called: an argument that requires
             grad is complex, fn returns nothing to differentiate.
-        ValueError: when called: in_dims or out_dims do not fit the arguments or the outputs.
+        ValueError: vectorized=False without in_dims, or with StackedEvaluation; when called: in_dims or out_dims do not
+            fit the arguments or the outputs.
         BlackboxError: in backward, see there.
     """
     if fn is None:
@@ -216,6 +224,7 @@ def blackbox(
             numpy=numpy,
             dtype=dtype,
             repeatable=repeatable,
+            vectorized=vectorized,
             count=count,
             evaluator=evaluator,
         )
@@ -233,8 +242,9 @@ def blackbox(
             numpy=numpy,
             dtype=dtype,
             repeatable=repeatable,
+            vectorized=vectorized,
             count=count,
             evaluator=evaluator,
         )
-    options = make_options(estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2)
+    options = make_options(estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized)
     return BlackboxFunction(fn, options, EvaluationCount() if count is None else count)

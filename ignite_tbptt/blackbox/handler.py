@@ -58,6 +58,9 @@ class FiniteDifferenceGradients:
     ``no_grad()`` that stays in torch is left as it is, since it may be meant. So are modules that only round or take
     signs: a difference over a jump means nothing before someone has chosen its step. The log names both.
 
+    The chosen modules run by themselves, so they take what the model gives them. What takes one row of a batch goes
+    into the model as ``Blackbox(module_or_fn, in_dims=0, vectorized=False)``.
+
     Args:
         model: the model, bare or wrapped in DistributedDataParallel, DataParallel or ``torch.compile``.
         modules: names as in ``model.named_modules()`` (of the model inside its wrapper), module classes, or modules

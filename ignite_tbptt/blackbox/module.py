@@ -275,6 +275,8 @@ class Blackbox(nn.Module):
         out_dims: the batch axis of the outputs, where in_dims is given.
         numpy: hand the function numpy arrays, as `blackbox` does; for functions only.
         repeatable: False for what is noisy by nature, as in `blackbox`.
+        vectorized: False for what takes one row, as in `blackbox`. On a pool a module is evaluated on copies then, and
+            what it changes in itself is not kept.
         count: where to count evaluations and seconds.
         evaluator: the old name of `executor`.
 
@@ -294,6 +296,7 @@ class Blackbox(nn.Module):
         numpy: bool = False,
         dtype: torch.dtype | None = None,
         repeatable: bool = True,
+        vectorized: bool = True,
         count: EvaluationCount | None = None,
         evaluator: Executor | None = None,
     ) -> None:
@@ -303,7 +306,9 @@ class Blackbox(nn.Module):
                 f"module_or_fn must be a torch.nn.Module or a function, got {module_or_fn!r} of type "
                 f"{type(module_or_fn).__name__}: there is nothing to evaluate; pass it itself, not what it returns"
             )
-        self._options = make_options(estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2)
+        self._options = make_options(
+            estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized
+        )
         self._chosen = estimator
         self.count = EvaluationCount() if count is None else count
         self.module: nn.Module | None = None

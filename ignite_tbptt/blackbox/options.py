@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.executors import Pool, Workers
-from ignite_tbptt.blackbox.task import Executor, SerialEvaluation, StackedEvaluation
+from ignite_tbptt.blackbox.rows import Rows
+from ignite_tbptt.blackbox.task import Executor, Result, SerialEvaluation, StackedEvaluation, Task, run
 
 __all__ = ["Options", "make_options"]
 
@@ -29,6 +30,15 @@ class Options:
     repeatable: bool
     is_default: bool = False
     """Whether no estimator was given, so that the step is measured where the default one does not suit."""
+    vectorized: bool = True
+
+    def first(self, task: Task) -> Result:
+        """The call itself: made in the caller's thread, unless its rows are evaluated one by one."""
+        if self.vectorized:
+            return run(task)
+        (result,) = self.executor(run, [task])
+        result.leave_trace()
+        return result
 
     @property
     def must_stack(self) -> bool:
@@ -57,6 +67,7 @@ def make_options(
     repeatable: bool,
     evaluator: Executor | None,
     stacklevel: int,
+    vectorized: bool = True,
 ) -> Options:
     """Options with their defaults, checked.
 
@@ -78,6 +89,8 @@ def make_options(
             f"executor must be called as map(function, tasks) is, got {executor!r}: give a pool, "
             "ThreadPoolExecutor(4) say, or make one by calling it, SerialEvaluation() say"
         )
+    if not vectorized:
+        executor = _by_rows(executor, in_dims, out_dims)
     if in_dims is None and isinstance(executor, StackedEvaluation) and executor.required:
         raise ValueError(
             "StackedEvaluation needs to know which axis the rows are at, and that they are independent: give in_dims, "
@@ -94,4 +107,20 @@ def make_options(
         numpy,
         repeatable,
         estimator is None,
+        vectorized,
     )
+
+
+def _by_rows(executor: Any, in_dims: Any, out_dims: int | Sequence[int | None] | None) -> SerialEvaluation:
+    if isinstance(executor, StackedEvaluation):
+        raise ValueError(
+            "vectorized=False evaluates one row a call, and StackedEvaluation several points: give one of the two; "
+            "executor=ThreadPoolExecutor(16) evaluates rows at the same time"
+        )
+    if in_dims is None:
+        raise ValueError(
+            "vectorized=False evaluates rows one by one, and has to know which axis they are at: give in_dims, as in "
+            "torch.vmap"
+        )
+    packing = executor if isinstance(executor, SerialEvaluation) else SerialEvaluation(executor=executor or map)
+    return replace(packing, executor=Rows(cast("Executor", packing.executor), out_dims))

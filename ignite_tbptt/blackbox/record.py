@@ -20,7 +20,7 @@ from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.options import Options
-from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Task, run
+from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Task
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Record", "autocast_off"]
@@ -111,7 +111,7 @@ class Record:
 
     def _evaluated(self, tensors: Sequence[Tensor]) -> Outputs:
         with autocast_off(tensors) if self.autocast else contextlib.nullcontext():
-            result = run(Task(self.flat, self.points(tensors), first=True))
+            result = self.options.first(Task(self.flat, self.points(tensors), first=True))
         if result.error is not None:
             raise result.error
         assert result.outputs is not None

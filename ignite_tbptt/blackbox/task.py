@@ -112,7 +112,10 @@ class Result:
         error: what it raised.
         seconds: how long it took.
         drew: whether it drew random numbers in another process, of which this one's streams have no trace.
-        lost: whether it is given up, and counts as NaN in every output, instead of raising.
+        lost: whether it is given up, and counts as NaN in every output instead of raising; where there are outputs,
+            some rows of them are.
+        calls: of the function, several where its rows were evaluated one by one.
+        part: what of the task raised, for a message.
     """
 
     outputs: Outputs | None
@@ -120,12 +123,14 @@ class Result:
     seconds: float
     drew: bool = False
     lost: bool = False
+    calls: int = 1
+    part: str = ""
 
     def __reduce__(self) -> Any:
         outputs, tensors = None, None
         if self.outputs is not None:
             outputs, tensors = replace(self.outputs, tensors=[]), as_arrays(self.outputs.tensors)
-        rest = (self.seconds, self.drew, self.lost)
+        rest = (self.seconds, self.drew, self.lost, self.calls, self.part)
         try:
             data = pickle.dumps((tensors, outputs, self.error, *rest))
             if self.error is not None:
@@ -137,6 +142,11 @@ class Result:
                 told = TypeError(f"its outputs cannot be sent back ({error}): return tensors, arrays and numbers")
             data = pickle.dumps((None, None, told, *rest))
         return _came_back, (data,)
+
+    def leave_trace(self) -> None:
+        """Whether a function draws is seen by its trace in the streams of this process."""
+        if self.drew:
+            torch.rand(())
 
 
 def _came_back(data: bytes) -> Result:
@@ -251,7 +261,8 @@ class EvaluationCount:
 
     Attributes:
         nfev: points evaluated for gradients; the forward call is not one of them.
-        calls: calls of the function for these: fewer than `nfev` where points are stacked.
+        calls: calls of the function for these: fewer than `nfev` where points are stacked, more where rows are
+            evaluated one by one.
         probes: evaluations that verified something, or looked for a better step.
         seconds: time spent inside the function in all of these.
         wall_seconds: time that gradients have cost in all.
@@ -281,23 +292,22 @@ class EvaluationCount:
             LostEvaluationError: it is given up.
             BlackboxError: the function raised.
         """
-        if result.drew:
-            torch.rand(())  # whether a function draws is seen by its trace in the streams of this process
+        result.leave_trace()
         with self._lock:
             self.seconds += result.seconds
             if probe:
                 self.probes += 1
             else:
                 self.nfev += copies
-                self.calls += 1
-        if result.outputs is not None:
+                self.calls += result.calls
+        if result.outputs is not None and not (probe and result.lost):
             return result.outputs
         error = result.error
         kind = LostEvaluationError if result.lost else BlackboxError
         raise kind(
             f"{label} raised {type(error).__name__}: {error}\n"
-            f"in evaluation {self.nfev + self.probes}, {where()}. If it cannot bear such a move, choose a smaller "
-            "step, or BoundedStep to keep x inside its domain"
+            f"in evaluation {self.nfev + self.probes}, {result.part}{where()}. If it cannot bear such a move, choose a "
+            "smaller step, or BoundedStep to keep x inside its domain"
         ) from error
 
 
