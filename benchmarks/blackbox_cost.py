@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import figure
 from torch import Tensor
 
 from ignite_tbptt.blackbox import CentralDifference, ForwardDifference, StackedEvaluation, blackbox
@@ -155,6 +156,7 @@ def overhead(title: str, fn: Callable[..., Tensor], pairs: int) -> None:
         calls = f.calls
         time_taken, over = ratio(way, lambda: fn(*inputs), calls, pairs if calls < 100 else 3)
         print(f"  {name:33}{calls:>12}{time_taken * 1e3:>9.2f}{over:>11.2f}")
+        figure(f"{title}, 12 inputs, {name}: time over its {calls} evaluations", over, "x")
 
 
 def three_evaluations() -> None:
@@ -178,6 +180,8 @@ def three_evaluations() -> None:
     fixed = statistics.median(times[0] - times[2] for times in rounds)
     print("\nstring function of 0.2 ms, 1 input, 3 evaluations")
     print(f"  over the naive Function {over_naive:.2f}, fixed cost {fixed * 1e3:.2f} ms a gradient")
+    figure("string function of 0.2 ms, 1 input: time over the naive Function", over_naive, "x")
+    figure("fixed cost of a gradient", fixed * 1e3, "ms")
 
 
 def rows_and_weights() -> None:
@@ -205,6 +209,7 @@ def rows_and_weights() -> None:
             f"  blackbox, forward, in_dims, {str(dtype)[6:]}: {calls[0]} calls the first time, {calls[1]} later, "
             f"{mine * 1e3:.1f} ms, 1/{naive / mine:.0f} of naive"
         )
+        figure(f"256 rows x 64 and 64 weights, {str(dtype)[6:]}: naive Function over in_dims", naive / mine, "x")
 
 
 def column_loop(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -242,6 +247,7 @@ def stacking() -> None:
         taken = statistics.median(times[0] for times in rounds)
         slower = [statistics.median(times[k] / times[0] for times in rounds) for k in (1, 2, 3)]
         print(f"  {batch:5}{taken * 1e3:10.2f}{slower[0]:20.2f}{slower[1]:15.2f}{slower[2]:17.2f}")
+        figure(f"{batch} rows of 64: a loop over columns by hand over stacked evaluation", slower[1], "x")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import figure
 from torch import Tensor, nn
 
 from ignite_tbptt.blackbox import bind, blackbox
@@ -99,6 +100,8 @@ def main() -> None:
     for name, times in taken.items():
         over = statistics.median(mine / theirs for mine, theirs in zip(times, taken["by hand"], strict=False))
         print(f"  {name:22}{statistics.median(times) * 1e3:9.2f} ms{over:8.2f}   gradient {gradients[name]:.6f}")
+        if name != "by hand":
+            figure(f"{STEPS} calls in a recurrent model, time of {name} over a Function by hand", over, "x")
     if given.profile:
         with cProfile.Profile() as profile:
             for _ in range(20):

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from figures import figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -115,6 +116,10 @@ def main() -> None:
             f"{candidate.name:38}{size / 2**20:>8.1f}{f'1/{full_bytes / size:.1f}':>9}"
             f"{statistics.median(candidate.times):>9.2f}{ratio:>9.2f}{error:>16.1e}"
         )
+        if candidate is not full:
+            figure(f"peak memory of full BPTT over that of {candidate.name}", full_bytes / size, "x")
+            figure(f"time of {candidate.name} over full BPTT", ratio, "x")
+            figure(f"gradient error of {candidate.name}", error, "relative")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import figure
 
 from ignite_tbptt.blackbox import CentralDifference, Workers, blackbox
 
@@ -70,6 +71,8 @@ def compare(title: str, fn: Any, executors: dict[str, Any], rounds: int, size: i
     for name, taken in times.items():
         middle = statistics.median(taken)
         print(f"{title:34}{name:24}{middle * 1e3:>10.1f} ms{serial / middle:>8.2f}x", flush=True)
+        if name != "serial":
+            figure(f"{title}, {name}: speed over one after the other", serial / middle, "x")
 
 
 def window(threads: ThreadPoolExecutor) -> None:
@@ -100,6 +103,7 @@ def window(threads: ThreadPoolExecutor) -> None:
         f"window of {steps} steps, 4 numbers each, on 16 threads: forward {forward * 1e3:.0f} ms, backward "
         f"{backward * 1e3:.0f} ms; its {8 * steps} evaluations take {ideal * 1e3:.0f} ms at best"
     )
+    figure(f"window of {steps} calls on 16 threads: time over the best possible", backward / ideal, "x")
 
 
 def main() -> None:

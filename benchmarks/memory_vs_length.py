@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from figures import figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -110,7 +111,12 @@ def main() -> None:
             flush=True,
         )
         length *= 4
-    print(f"the trainer's largest over its smallest: {max(measured) / min(measured):.4f}")
+    figure(f"full BPTT's peak memory over the trainer's, T={length // 4:,}", whole / ours, "x")
+    figure(
+        f"the trainer's peak memory, T from 1,024 to {length // 4:,}: largest over smallest",
+        max(measured) / min(measured),
+        "x",
+    )
     for policy, note in (
         (FixedTruncation(1), ""),
         (SlidingTruncation(1, 4), ""),
@@ -118,6 +124,7 @@ def main() -> None:
     ):
         kib_of_plan, milliseconds = first_window(policy, 1_000_000)
         print(f"{policy!r} of 1,000,000 steps: {kib_of_plan:.0f} KiB, {milliseconds:.1f} ms to the first window{note}")
+        figure(f"plan of {policy!r} for 1,000,000 steps", kib_of_plan, "KiB")
 
 
 if __name__ == "__main__":

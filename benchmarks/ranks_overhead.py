@@ -19,6 +19,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
+from figures import figure
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from trainer_overhead import Forecaster, lean_loop
@@ -65,6 +66,7 @@ def main(rank: int, rounds: int) -> None:
         if rank == 0:
             loop = statistics.median(times["loop"]) / CHUNKS * 1e6
             print(f"{rows:>4}{size:>5}{steps:>4}{loop:>14.0f}   {middle:.3f} ({low:.3f}-{high:.3f})", flush=True)
+            figure(f"time of the trainer over a lean loop, 2 ranks, B={rows} H={size} k={steps}", middle, "x")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import figure
 from scipy import integrate, optimize
 from scipy.optimize._numdiff import approx_derivative
 
@@ -174,6 +175,8 @@ def programs(draws: int) -> None:
             told += bool(warned)
         middle = statistics.median
         print(f"{title:32}{middle(fixed):>12.1e}{middle(default):>10.1e}{told:>5}/{draws}", flush=True)
+        figure(f"{title}: median error, fixed step", middle(fixed), "relative")
+        figure(f"{title}: median error, default", middle(default), "relative")
 
 
 def noise(points: int) -> None:
@@ -203,6 +206,7 @@ def noise(points: int) -> None:
             (true,) = torch.autograd.grad(value, y)
             errors.append(float((x.grad - true).norm() / true.norm()))  # type: ignore[operator]
         print(f"{sigma:<26.0e}{good / points:>16.2f}{statistics.median(errors):>24.1e}", flush=True)
+        figure(f"Rosenbrock-4 with noise of {sigma:.0e}: noise estimated within 1/4 to 4", good / points)
 
 
 def draw(path: Path) -> None:

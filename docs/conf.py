@@ -7,6 +7,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from errors import page_of_errors
+from measured import page_of_benchmarks
+from reference import pages
 
 import ignite_tbptt
 
@@ -23,7 +25,20 @@ autodoc_typehints = "none"
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 myst_heading_anchors = 3
+nitpicky = True
+# fields of named tuples are documented with their types: those of torch, which no inventory here holds, and our own
+# that are no concern of a user's; and an error that is raised, which users know by its base class
+nitpick_ignore_regex = [
+    ("py:class", r"torch\..*|ignite_tbptt\..*(flat|random_streams)\..*"),
+    ("py:exc", "LostEvaluationError"),
+]
 # of Ignite's and torch's own base classes, whose docstrings are in their own dialect
 autodoc_inherit_docstrings = False
 
-(Path(__file__).parent / "errors.md").write_text(page_of_errors())
+GENERATED = Path(__file__).parent / "generated"
+made = {"errors.md": page_of_errors(), "benchmarks.md": page_of_benchmarks(), **pages()}
+for name, page in made.items():
+    path = GENERATED / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != page:  # so that an unchanged page is not built again
+        path.write_text(page)

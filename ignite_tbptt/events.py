@@ -36,11 +36,11 @@ class Tbptt_Events(EventEnum):
     TIME_ITERATION_COMPLETED = "time_iteration_completed"
     """A window is done, stepped on or not. Counts time iterations."""
     BACKWARD_COMPLETED = "backward_completed"
-    """The gradients of the coming optimizer step are there, unscaled: clip, inspect, or call `engine.terminate()` and
+    """The gradients of the coming optimizer step are there, unscaled. Clip, inspect, or call `engine.terminate()` and
     the step is not taken. `engine.state.output` is the window's, or the mean over the windows that share the step. The
     place for Ignite's parameter schedulers, which set the value for the step to come. Counts time iterations."""
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
-    """The parameters have been stepped: the place for ``scheduler.step()`` of torch. Counts optimizer steps."""
+    """The parameters have been stepped. The place for ``scheduler.step()`` of torch. Counts optimizer steps."""
 
 
 _EVENT_TO_ATTR: dict[Any, str] = {

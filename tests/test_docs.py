@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+import ignite_tbptt
+import ignite_tbptt.blackbox
+
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted(path for path in DOCS.rglob("*.md") if path.name != "errors.md" and "_build" not in path.parts)
+PAGES = sorted(path for path in DOCS.rglob("*.md") if not {"_build", "generated"} & set(path.parts))
 # what is meant on a page, and would end a test
 MEANT = ["ignore:the first backward pass left", "ignore:.*its steps were measured"]
 
@@ -34,6 +37,16 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]*)\)", page.read_text()):
             assert (page.parent / f"{target}.md").exists() or (page.parent / target).exists(), (page, target)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = runpy.run_path(str(DOCS / "reference.py"))["pages"]()
+    documented = re.findall(r"^\.\. auto\w+:: (\S+)$", "\n".join(pages.values()), flags=re.MULTILINE)
+    assert len(documented) == len(set(documented))
+    for package in (ignite_tbptt, ignite_tbptt.blackbox):
+        for name in set(package.__all__) - {"__version__"}:
+            assert {f"ignite_tbptt.{name}", f"ignite_tbptt.blackbox.{name}"} & set(documented), name
+            assert f"`{name} <" in pages["reference.md"]
 
 
 def test_every_message_is_on_the_page_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:

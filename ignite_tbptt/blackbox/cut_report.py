@@ -210,7 +210,7 @@ class GraphCutReport(list[GraphCut]):
 
     @property
     def to_bind(self) -> list[str]:
-        """Paths of the modules that finite differences mend: values leave torch in them, and nothing is undone.
+        """Paths of the modules that finite differences mend, those in which values leave torch and nothing is undone.
 
         A module in which a gradient was stopped without leaving torch is not among them, nor one around it.
         """

@@ -72,7 +72,7 @@ class Stencil:
 
     @property
     def amplification(self) -> float:
-        """Sum of the absolute weights: how an error in f, divided by h, comes back in the derivative."""
+        """Sum of the absolute weights, by which an error in f, divided by h, comes back in the derivative."""
         return sum(abs(weight) for weight in self.weights)
 
     @property
@@ -82,7 +82,7 @@ class Stencil:
 
     @functools.cached_property
     def evaluated(self) -> tuple[int, ...]:
-        """The offsets that cost an evaluation: all but 0."""
+        """The offsets that cost an evaluation, all but 0."""
         return tuple(offset for offset in self.offsets if offset)
 
     def weights_at(self, offsets: Sequence[int]) -> tuple[float, ...]:

@@ -44,7 +44,7 @@ class StepSweep:
 
     @property
     def noise_floor(self) -> float:
-        """The relative error at the recommended step: no step does better by more than luck."""
+        """The relative error at the recommended step. No step does better by more than luck."""
         return self.errors[self.steps.index(self.recommended)]
 
     def __str__(self) -> str:
