@@ -6,9 +6,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import gallery
+import reference
 from errors import page_of_errors
 from measured import page_of_benchmarks
-from reference import pages
 
 import ignite_tbptt
 
@@ -36,7 +37,7 @@ nitpick_ignore_regex = [
 autodoc_inherit_docstrings = False
 
 GENERATED = Path(__file__).parent / "generated"
-made = {"errors.md": page_of_errors(), "benchmarks.md": page_of_benchmarks(), **pages()}
+made = {**gallery.pages(), **reference.pages(), "errors.md": page_of_errors(), "benchmarks.md": page_of_benchmarks()}
 for name, page in made.items():
     path = GENERATED / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 from ignite.engine import Engine
 from ignite.handlers.param_scheduler import BaseParamScheduler
 from ignite.handlers.state_param_scheduler import StateParamScheduler
+from torch.optim import Optimizer
 
 from ignite_tbptt.decay import require_tolerance
 from ignite_tbptt.horizon import GradientHorizon
@@ -57,7 +58,7 @@ class AdaptiveTruncation:
     """
 
     def __init__(
-        self, horizon: GradientHorizon, tolerance: float, minimum: int, maximum: int, optimizer: Any = None
+        self, horizon: GradientHorizon, tolerance: float, minimum: int, maximum: int, optimizer: Optimizer | None = None
     ) -> None:
         require_tolerance(tolerance)
         require_steps("minimum", minimum)

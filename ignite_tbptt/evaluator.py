@@ -117,7 +117,7 @@ def _counts_rows(metric: Metric, loss_weight: Any) -> bool:
 
 
 def create_supervised_tbptt_evaluator(
-    model: Any,
+    model: torch.nn.Module,
     metrics: Mapping[str, Metric] | None = None,
     tbtt_step: int = 128,
     dim: int = 0,

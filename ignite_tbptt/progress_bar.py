@@ -27,7 +27,7 @@ class TbpttProgressBar:
     no terminal, as in a log file; ``disable=False`` shows it there too.
 
     Args:
-        persist: leave the bar of a finished epoch on the screen.
+        persist: leave the bar of a finished epoch on the screen, also of one too short to be seen otherwise.
         tqdm_kwargs: arguments for tqdm: ``file``, ``mininterval``, ``disable`` and the like.
 
     Raises:
@@ -43,7 +43,8 @@ class TbpttProgressBar:
             ) from error
         self._tqdm = tqdm
         in_terminals_only = {} if "file" in tqdm_kwargs else {"disable": None}
-        self._tqdm_kwargs = {"leave": persist, **in_terminals_only, **tqdm_kwargs}
+        # with a delay tqdm draws nothing before the first chunk is done: no "0it" for a short epoch
+        self._tqdm_kwargs = {"leave": persist, "delay": 1e-9, **in_terminals_only, **tqdm_kwargs}
         self._bar: Any = None
         self._place = _Place()
 

@@ -26,8 +26,8 @@ def _detach(hidden: Any) -> Any:
 
 
 def supervised_tbptt_training_step(
-    model: Any,
-    optimizer: Any,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
     loss_fn: Callable[[Any, Any], Any],
     tbtt_step: int | TruncationPolicy,
     dim: int = 0,
@@ -93,8 +93,8 @@ def supervised_tbptt_training_step(
 
 
 def create_supervised_tbptt_trainer(
-    model: Any,
-    optimizer: Any,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
     loss_fn: Callable[[Any, Any], Any],
     tbtt_step: int | TruncationPolicy,
     dim: int = 0,

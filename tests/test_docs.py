@@ -49,6 +49,16 @@ def test_every_public_name_is_in_the_reference() -> None:
             assert f"`{name} <" in pages["reference.md"]
 
 
+def test_every_picture_has_a_page_with_the_script_that_drew_it() -> None:
+    pages = runpy.run_path(str(DOCS / "gallery.py"))["pages"]()
+    pictures = [path.name for path in (DOCS / "images").glob("*.png")]
+    assert len(pictures) >= 8
+    for picture in pictures:
+        (page,) = [text for name, text in pages.items() if f"images/{picture}" in text and name != "gallery.md"]
+        (script,) = re.findall(r"literalinclude\} (?:\.\./)+(.*)", page)
+        assert (DOCS.parent / script).exists()
+
+
 def test_every_message_is_on_the_page_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOCS))
     script: dict[str, Any] = runpy.run_path(str(DOCS / "errors.py"))

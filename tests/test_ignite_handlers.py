@@ -256,6 +256,7 @@ def test_the_progress_bar_says_where_it_is() -> None:
     assert "6/6" in shown
     assert "average=" in shown
     assert "loss=" in shown
+    assert "0it [" not in shown  # nothing is drawn before there is something to say
 
 
 def test_the_progress_bar_estimates_sequences_to_come() -> None:

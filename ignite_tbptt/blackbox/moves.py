@@ -334,7 +334,7 @@ class Directions(Protocol):
             step_size: how far.
             eps: relative precision, see `StepSize.each`.
             points: of how many evaluations the outputs may lie in memory at a time.
-            draw: how many gradients were estimated before: random directions are new each time.
+            draw: seeds what is random: another number for every blackbox, call, gradient and rank.
         """
         ...
 
