@@ -135,7 +135,7 @@ class AdaptiveTruncation:
             )
 
     def _sets_rates(self, scheduler: Any) -> bool:
-        if isinstance(scheduler, StateParamScheduler):
+        if self.optimizer is None or isinstance(scheduler, StateParamScheduler):
             return False
         ours = [id(group) for group in self.optimizer.param_groups]
         parts = [part for part in getattr(scheduler, "schedulers", [scheduler]) if part.param_name == "lr"]
