@@ -21,6 +21,7 @@ exclude_patterns = ["_build"]
 default_role = "code"
 html_theme = "furo"
 html_title = "ignite_tbptt"
+html_show_copyright = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_use_rtype = False

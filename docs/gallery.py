@@ -12,13 +12,14 @@ SCRIPTS = [HERE.parent / folder for folder in ("examples", "benchmarks")]
 def pages() -> dict[str, str]:
     """Return the pages by their path under the folder of generated pages."""
     made, overview = {}, []
-    for path in sorted(path for folder in SCRIPTS for path in folder.glob("*.py")):
+    for path in [path for folder in SCRIPTS for path in sorted(folder.glob("*.py"))]:
         pictures = pictures_of(path.stem)
         if pictures:
-            title, *paragraphs = (ast.get_docstring(ast.parse(path.read_text())) or path.stem).split("\n\n")
-            made[f"gallery/{path.stem}.md"] = _page(path, _line(title), paragraphs, pictures)
-            overview += [f"## [{_line(title)}](gallery/{path.stem}.md)", ""]
-            overview += [_picture(pictures[-1], title, "../"), ""]
+            paragraphs = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")
+            title = path.stem.replace("_", " ").capitalize()
+            made[f"gallery/{path.stem}.md"] = _page(path, title, paragraphs, pictures)
+            overview += [f"## [{title}](gallery/{path.stem}.md)", "", " ".join(paragraphs[0].split()), ""]
+            overview += [_picture(pictures[0], title, "../"), ""]
     head = [
         "# Gallery",
         "",
@@ -31,8 +32,11 @@ def pages() -> dict[str, str]:
 
 
 def pictures_of(script: str) -> list[str]:
-    """Return the names of the pictures that a script has drawn: its own name, and whatever stands after it."""
-    return sorted(path.name for path in (HERE / "images").glob(f"{script}*.png"))
+    """Return the names of the pictures that a script has drawn: its own name, and whatever stands after it.
+
+    Backwards by name, so that runs stand before what was measured before and after.
+    """
+    return sorted((path.name for path in (HERE / "images").glob(f"{script}*.png")), reverse=True)
 
 
 def _page(path: Path, title: str, paragraphs: list[str], pictures: list[str]) -> str:
@@ -40,14 +44,11 @@ def _page(path: Path, title: str, paragraphs: list[str], pictures: list[str]) ->
     lines = [f"# {title}", "", f"`python {where}`", ""]
     for picture in pictures:
         lines += [_picture(picture, title, "../../"), ""]
-    lines += ["```{eval-rst}", "\n\n".join(paragraphs), "```", "", "## The script", ""]
+    told = [f"::\n\n{text}" if text.startswith("    ") else text for text in paragraphs]
+    lines += ["```{eval-rst}", "\n\n".join(told), "```", "", "## The script", ""]
     lines += [f"```{{literalinclude}} ../../../{where}", ":language: python", "```", ""]
     return "\n".join(lines)
 
 
 def _picture(name: str, title: str, up: str) -> str:
-    return f"```{{image}} {up}images/{name}\n:alt: {_line(title)}\n```"
-
-
-def _line(title: str) -> str:
-    return " ".join(title.split()).rstrip(".")
+    return f"```{{image}} {up}images/{name}\n:alt: {title}\n```"
