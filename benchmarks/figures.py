@@ -32,10 +32,10 @@ def figure(name: str, value: float, unit: str = "") -> None:
 
     Args:
         name: what was measured, with its sizes; a peer's figure says its name.
-        value: printed with three significant digits.
+        value: printed with three significant digits, whole from 1000 on.
         unit: as in "ms", "MiB", "evaluations"; "x" for a ratio.
     """
-    print(f"figure: {name} | {value:.3g} | {unit}", flush=True)
+    print(f"figure: {name} | {value:{',.0f' if abs(value) >= 1000 else '.3g'}} | {unit}", flush=True)
 
 
 def machine() -> str:
