@@ -8,6 +8,7 @@ batch on the host costs the device one chunk at a time.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
@@ -126,7 +127,7 @@ class _Plan:
         self.dim = dim
         self.whole = whole
         self.unseen = set(whole)
-        self.lengths: dict[str, int] = {}
+        self.lengths: dict[Path, int] = {}
         self.length = 0
         self._first: tuple[str, int] | None = None
 
@@ -137,7 +138,7 @@ class _Plan:
         _refuse_uncuttable(node, path)
         if isinstance(node, torch.Tensor):
             name = nest.spell("batch", path)
-            self.lengths[name] = _length(node, self.dim, path)
+            self.lengths[path] = _length(node, self.dim, path)
             if self.dim < 0:
                 self._refuse_ambiguous_axis(name, node)
             return partial(self._views, node)
@@ -202,18 +203,21 @@ def _length(tensor: torch.Tensor, dim: int, path: Path) -> int:
     return tensor.shape[dim]
 
 
-def _agreed_length(found: dict[str, int], dim: int) -> int:
+def _agreed_length(found: dict[Path, int], dim: int) -> int:
     if not found:
         raise ValueError("batch holds no tensor to cut along time: give tensors, or a split_batch of your own.")
     lengths = set(found.values())
     if len(lengths) > 1:
-        listing = ", ".join(f"{name} has {length}" for name, length in found.items())
+        listing = ", ".join(f"{nest.spell('batch', path)} has {length}" for path, length in found.items())
+        usual = statistics.mode(found.values())
+        odd = ", ".join(_entry(path) for path, length in found.items() if length != usual)
         raise ValueError(
             f"the tensors of the batch disagree about the number of time steps along dim={dim}: {listing}. Cut them "
             "to one length, or name those without a time axis in "
-            "split_batch=functools.partial(split_sequence, static=[...])."
+            f"split_batch=functools.partial(split_sequence, static=[{odd}]), or final=[{odd}] for a target."
         )
     (length,) = lengths
     if length == 0:
-        raise ValueError(f"batch is an empty sequence: {', '.join(found)} have 0 time steps along dim={dim}.")
+        names = ", ".join(nest.spell("batch", path) for path in found)
+        raise ValueError(f"batch is an empty sequence: {names} have 0 time steps along dim={dim}.")
     return length

@@ -79,6 +79,12 @@ def test_final_entries_go_with_the_chunk_that_ends_the_sequence() -> None:
     ("batch", "dim", "kind", "message"),
     [
         ((ramp(10, 2), ramp(6, 2)), 0, ValueError, r"batch\[0\] has 10, batch\[1\] has 6"),
+        (
+            ({"signal": ramp(10, 2), "speaker": ramp(2)}, ramp(10, 2)),
+            0,
+            ValueError,
+            r"\['speaker'\] has 2, .*split_sequence, static=\[\(0, 'speaker'\)\]\), or final=\[\(0, 'speaker'\)\]",
+        ),
         ((ramp(10, 2), ramp(10)), 1, ValueError, r"dim=1 is out of range for batch\[1\] of shape \(10,\).*static"),
         ({"x": ramp(10), "y": ramp(10)}, -2, ValueError, r"dim=-2 is out of range for batch\['x'\]"),
         ((torch.tensor(1.0), ramp(3)), 0, ValueError, r"out of range for batch\[0\] of shape \(\)"),
