@@ -58,13 +58,25 @@ class RandomStreams:
                 with a normal number kept for later, is not told from it.
         """
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        known = before is not None and not _numpy_has_moved(before.numpy_legacy)
-        legacy = before.numpy_legacy if before is not None and known else _from_numpy()
+        known = before is not None and before._marks[1] is not None and before._marks[1] == _numpy_marks()
+        legacy = before.numpy_legacy if before is not None and known else np.random.get_state()
         return cls(torch.get_rng_state(), cuda, legacy, random.getstate())
 
     @functools.cached_property
-    def _torch_bytes(self) -> bytes:
-        return self.torch_cpu.numpy().tobytes()
+    def _marks(self) -> tuple[Any, Any, Any]:
+        """What is seen in memory where the streams of torch, numpy and Python stand here, None where more counts.
+
+        The position within a state and its second word, which is new where the position comes round, and where it is
+        set; the first is 2^31 after every seed. Normal numbers are made in pairs, of which the second is kept outside
+        of the words: but where none was kept, these have to move before one is drawn.
+        """
+        state = self.torch_cpu.numpy().tobytes()
+        legacy, words = self.numpy_legacy, self.python[1]
+        return (
+            None if any(state[_NORMAL:]) else struct.unpack_from("<QxxxxxxxxQ", state, _POSITION),
+            None if legacy[0] != "MT19937" or legacy[3] else (int(legacy[2]), int(legacy[1][1])),
+            (words[-1], words[1], self.python[2]),
+        )
 
     @classmethod
     def latest(cls) -> RandomStreams:
@@ -78,15 +90,12 @@ class RandomStreams:
         return _LATEST[0]
 
     def have_moved(self) -> bool:
-        """Whether any stream was drawn from, or set, since.
-
-        Draws show in the position within a state, or, where it comes round, in the first word, which is new by then.
-        """
-        if _torch_has_moved(self._torch_bytes):
-            return True
-        if _python_has_moved(self.python):
-            return True
-        if _numpy_has_moved(self.numpy_legacy):
+        """Whether any stream was drawn from, or set, since."""
+        seen = _marks_in_memory()
+        if None in self._marks or None in seen:
+            if not self._equal_in_full():
+                return True
+        elif seen != self._marks:
             return True
         if not self.torch_cuda and not torch.cuda.is_initialized():
             return False
@@ -94,6 +103,15 @@ class RandomStreams:
         if len(cuda) != len(self.torch_cuda):
             return True
         return not all(torch.equal(was, now) for was, now in zip(self.torch_cuda, cuda, strict=True))
+
+    def _equal_in_full(self) -> bool:
+        legacy: Any = self.numpy_legacy
+        now: Any = np.random.get_state()
+        return (
+            torch.equal(self.torch_cpu, torch.get_rng_state())
+            and self.python == random.getstate()
+            and bool(legacy[0] == now[0] and legacy[2:] == now[2:] and (legacy[1] == now[1]).all())
+        )
 
     def restore(self) -> None:
         """Set every stream to the state that is held here."""
@@ -111,11 +129,24 @@ class RandomStreams:
             yield
 
 
-def _torch_has_moved(before: bytes) -> bool:
-    if _TORCH is not None and not any(before[_NORMAL:]):  # to ask for all words takes 5 us, cold
-        position, first = struct.unpack_from("<QQ", before, _POSITION)
-        return bool(_TORCH[0] != position or _TORCH[1] != first)
-    return before != torch.get_rng_state().numpy().tobytes()
+def _marks_in_memory() -> tuple[Any, Any, Any]:
+    """See `RandomStreams._marks`; to ask for all states takes 50 us."""
+    if _TORCH is None or _PYTHON is None:
+        return None, None, None
+    return (
+        (_TORCH[0], _TORCH[2]),
+        _numpy_marks(),
+        (_PYTHON[0], _PYTHON[2], random._inst.gauss_next),  # type: ignore[attr-defined]
+    )
+
+
+def _numpy_marks() -> tuple[int, int] | None:
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if _NUMPY[0] is not generator:
+        found = type(generator) is np.random.MT19937
+        _NUMPY[:] = generator, _Twister.from_address(generator.ctypes.state_address) if found else None
+    words = _NUMPY[1]
+    return None if words is None else (words[624], words[1])
 
 
 def _torch_in_memory() -> Any:
@@ -133,27 +164,8 @@ def _torch_in_memory() -> Any:
         torch.randn(1, generator=trial)  # one more normal number is kept
         if any(trial.get_state().numpy().tobytes()[_NORMAL:]):
             address = torch.default_generator._cdata + 4 * (start - 1)  # type: ignore[attr-defined]
-            return (ctypes.c_uint32 * 2).from_address(address)
+            return (ctypes.c_uint32 * 3).from_address(address)
     return None
-
-
-def _numpy_has_moved(before: Any) -> bool:
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is np.random.MT19937 and before[0] == "MT19937" and not before[3]:
-        # The twister in memory is 624 words and the position; to ask for them takes 40 us. Of normal numbers, made in
-        # pairs, the second is kept outside of it: but as none was kept, the twister has to move before one is drawn.
-        words = _Twister.from_address(generator.ctypes.state_address)
-        return bool(words[624] != before[2] or words[0] != before[1][0])
-    now = _from_numpy()
-    return bool(before[0] != now[0] or before[2:] != now[2:] or before[1][0] != now[1][0])
-
-
-def _python_has_moved(before: Any) -> bool:
-    words = before[1]
-    if _PYTHON is not None:  # to ask for all words takes 8 us
-        return bool(_PYTHON[0] != words[-1] or _PYTHON[1] != words[0] or random._inst.gauss_next != before[2])  # type: ignore[attr-defined]
-    now = random.getstate()
-    return (words[-1], words[0], before[2]) != (now[1][-1], now[1][0], now[2])
 
 
 def _python_in_memory() -> Any:
@@ -170,12 +182,9 @@ _LATEST: list[RandomStreams] = []
 # where in the bytes of torch's state the position in the words, and normal numbers that are kept, begin
 _POSITION, _NORMAL = 16, 5040
 _TORCH = _torch_in_memory()
+_NUMPY: list[Any] = [None, None]
 _Twister = ctypes.c_uint32 * 625
 _PYTHON = _python_in_memory() if sys.implementation.name == "cpython" else None
-
-
-def _from_numpy() -> Any:
-    return np.random.get_state()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_add_batch_dim": batched,
     "_remove_batch_dim": batched,
     "_is_any_autocast_enabled": lambda: torch._C._is_any_autocast_enabled() is False,
+    "_max_workers": lambda: ThreadPoolExecutor(3)._max_workers == 3,
     "_cdata": lambda: isinstance(torch.default_generator._cdata, int),  # type: ignore[attr-defined]
     "_will_engine_execute_node": lambda: callable(torch._C._will_engine_execute_node),
     # Ignite
@@ -154,8 +156,8 @@ def test_numpy_keeps_its_generator_where_it_is_read() -> None:
     assert memory[624] == state[2]
 
 
-def test_torchs_generator_is_where_it_is_read() -> None:
-    from ignite_tbptt.random_streams import _TORCH, RandomStreams, random_streams_kept
+def test_draws_are_seen_in_memory() -> None:
+    from ignite_tbptt.random_streams import _TORCH, RandomStreams, _marks_in_memory, random_streams_kept
 
     assert _TORCH is not None
     draws: list[Callable[[], object]] = [
@@ -169,14 +171,26 @@ def test_torchs_generator_is_where_it_is_read() -> None:
         lambda: torch.randperm(5),
         lambda: torch.nn.functional.dropout(torch.ones(3)),
         lambda: torch.manual_seed(4),
+        np.random.normal,
+        np.random.normal,
+        lambda: np.random.random(624),
+        lambda: np.random.seed(4),
+        lambda: np.random.set_state(np.random.RandomState(5).get_state()),
+        random.random,
+        lambda: random.gauss(0, 1),
+        lambda: random.gauss(0, 1),
+        lambda: random.seed(4),
     ]
     with random_streams_kept():
         torch.manual_seed(3)
         for draw in draws:
             before = RandomStreams.now()
+            assert None not in _marks_in_memory()
             assert not before.have_moved()
             draw()
             assert before.have_moved()
+            before.restore()
+            assert not before.have_moved()
 
 
 def test_pythons_generator_is_where_it_is_read() -> None:
@@ -184,11 +198,8 @@ def test_pythons_generator_is_where_it_is_read() -> None:
 
     memory = random_streams._PYTHON
     assert memory is not None
-    for draw in (random.random, random.random, lambda: random.seed(4), lambda: random.gauss(0, 1), random.random):
-        before = random.getstate()
-        assert not random_streams._python_has_moved(before)
+    for draw in (random.random, lambda: random.seed(4), lambda: random.gauss(0, 1), random.random):
         draw()
-        assert random_streams._python_has_moved(before)
         state = random.getstate()[1]
         assert list(memory) == [state[-1], *state[:-1]]
 

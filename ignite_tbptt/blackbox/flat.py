@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ignite_tbptt import nest
-from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.module_state import ModuleState
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "Outputs",
     "call_forward",
     "call_module",
-    "check_same_kind",
     "copied",
     "name_of",
     "same_kind",
@@ -554,15 +552,3 @@ def _shape_of(template: Any) -> Any:
     if pairs is None:
         return "-"
     return (type(template).__name__, tuple((key, _shape_of(child)) for key, child in pairs))
-
-
-def check_same_kind(
-    first: Outputs, later: Outputs, label: str, remedy: str, where: str, copies: int, out_dims: Sequence[int] | None
-) -> None:
-    """Raise BlackboxError where `same_kind` finds a difference."""
-    difference = same_kind(first, later, copies, out_dims)
-    if difference is not None:
-        raise BlackboxError(
-            f"{label} returned {difference} when evaluated again ({where}): differences of such outputs mean "
-            f"nothing; {remedy}"
-        )

@@ -94,7 +94,7 @@ class Binding:
             )
         captured = Captured(*ModuleState.of(module), module)
         self._warn_once_of_hidden_gradients(module, captured.state)
-        copies: tuple[tuple[Any, ...], dict[str, Any]] = nest.map_tensors(torch.clone, (args, kwargs))
+        copies = nest.map_tensors(torch.clone, args), nest.map_tensors(torch.clone, kwargs) if kwargs else {}
         ALONE.acquire()  # until `finish`: nobody else draws random numbers meanwhile
         waiting.append(_Begun(captured, self._facts.streams(), args, kwargs))
         return copies

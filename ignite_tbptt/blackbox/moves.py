@@ -563,8 +563,10 @@ def _by_row(values: Tensor, dim: int) -> Tensor:
     Where rows are shared this comes before the sum over them all: so that moving one row alone and moving all rows at
     once add the same numbers in the same order.
     """
-    if values.dim() <= 2:
-        return values.reshape(len(values), -1)
+    if values.dim() == 2:
+        return values
+    if values.dim() == 1:
+        return values.unsqueeze(1)
     moved = values.movedim(dim + 1, 1) if dim else values
     return moved.reshape(moved.shape[0], moved.shape[1], -1).sum(-1)
 

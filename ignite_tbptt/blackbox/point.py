@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.errors import LostEvaluationError
-from ignite_tbptt.blackbox.flat import FlatCall, Outputs, check_same_kind
+from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
+from ignite_tbptt.blackbox.flat import FlatCall, Outputs, same_kind
 from ignite_tbptt.blackbox.moves import Moves
 from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.task import SerialEvaluation, StackedEvaluation, Task, run, size_of
@@ -199,15 +199,21 @@ def _check_kind(point: Point, outputs: Outputs, where: Callable[[], str], copies
         now, was = outputs.tensors[0], point.values[0]
         if now.shape == was.shape and now.dtype == was.dtype:
             return
-    remedy = "return the same structure for every input"
-    if copies > 1:
-        remedy = f"it got {copies} batches in one; if it needs the size it was written for, use SerialEvaluation()"
     if len(point.records) > 1 or copies > 1:
         rows = Outputs(list(first.tensors), first.foreign, first.template, [])
         for k, value in zip(point.floats, point.values, strict=True):
             rows.tensors[k] = value
         first = rows
-    check_same_kind(first, outputs, point.flat.label, remedy, where(), copies, point.record.out_dims)
+    difference = same_kind(first, outputs, copies, point.record.out_dims)
+    if difference is None:
+        return
+    remedy = "return the same structure for every input"
+    if copies > 1:
+        remedy = f"it got {copies} batches in one; if it needs the size it was written for, use SerialEvaluation()"
+    raise BlackboxError(
+        f"{point.flat.label} returned {difference} when evaluated again ({where()}): differences of such outputs mean "
+        f"nothing; {remedy}"
+    )
 
 
 def _own(moved: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -46,11 +46,12 @@ class Record:
         self.by_hook = False  # the forward was not one of the evaluations
         self.out_dims: list[int] | None = None
         self.number = self.times = 0
+        self.shapes: Any = None  # of all tensors, where batch axes depend on these alone
         self.held: Any = None  # slopes of outputs that an earlier backward has left here
         if options.in_dims is not None:
-            axes, self._shapes = facts.axes, flat.shapes
-            if self._shapes is None or axes[0] != self._shapes:
-                axes = facts.axes = self._shapes, flat.bound(options.in_dims)
+            axes, self.shapes = facts.axes, flat.shapes
+            if self.shapes is None or axes[0] != self.shapes:
+                axes = facts.axes = self.shapes, flat.bound(options.in_dims)
             flat.in_dims = axes[1]
 
     def again(self) -> Record:
@@ -170,8 +171,8 @@ class Record:
         if outputs.passed:
             self.facts.name_passed(self.flat.label, outputs.passed)
         if self.flat.in_dims is not None:
-            axes, shapes = self.facts.out_axes, (self._shapes, [(t.shape, t.dtype) for t in outputs.tensors])
-            if self._shapes is None or axes[0] != shapes:
+            axes, shapes = self.facts.out_axes, (self.shapes, [(t.shape, t.dtype) for t in outputs.tensors])
+            if self.shapes is None or axes[0] != shapes:
                 axes = self.facts.out_axes = shapes, self._checked_out_dims(tensors)
             self.out_dims = axes[1]
         recast = self.options.dtype is not None or self.options.device is not None

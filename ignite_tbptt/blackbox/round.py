@@ -251,13 +251,14 @@ def _merged(record: Record, others: Sequence[Record]) -> list[Record]:
 
 def _fits(record: Record, other: Record) -> bool:
     """Whether what all rows share is the same, and rows are of one shape."""
+    alike = record.shapes is not None and record.shapes == other.shapes
     for dim, one, two, v1, v2 in zip(
         record.flat.in_dims or (), record.tensors, other.tensors, record.versions, other.versions, strict=True
     ):
         if dim is None:
             if one.data_ptr() != two.data_ptr() or v1 != v2 or one.shape != two.shape or one.stride() != two.stride():
                 return False
-        elif one.shape[:dim] != two.shape[:dim] or one.shape[dim + 1 :] != two.shape[dim + 1 :]:
+        elif not alike and (one.shape[:dim] != two.shape[:dim] or one.shape[dim + 1 :] != two.shape[dim + 1 :]):
             return False
         if one.dtype != two.dtype or one.device != two.device:
             return False
@@ -386,8 +387,13 @@ def _contracted_once(record: Record, held: _Held, slopes: Any, cotangents: Cotan
 
 def _put(found: list[Tensor | None], tensors: Sequence[Tensor], group: Group, gradient: Tensor) -> None:
     """The gradient of a block, in the shapes, precisions and on the devices of its tensors."""
+    if gradient.shape[-1] == len(group.members):  # one column each: as many numbers as rows
+        for k, piece in zip(group.members, gradient.unbind(-1), strict=True):
+            tensor = tensors[k]
+            found[k] = (piece if piece.shape == tensor.shape else piece.reshape(tensor.shape)).to(tensor)
+        return
     layouts = [rows_of(tensors[k].shape, dim) for k, dim in zip(group.members, group.dims, strict=True)]
-    pieces = gradient.split_with_sizes([layout.width for layout in layouts], -1) if len(layouts) > 1 else [gradient]
+    pieces = gradient.split_with_sizes([layout.width for layout in layouts], -1)
     for k, layout, piece in zip(group.members, layouts, pieces, strict=True):
         found[k] = layout.join(piece).to(tensors[k])
 
