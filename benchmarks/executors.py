@@ -1,8 +1,9 @@
-"""What do threads and processes gain for evaluations that take 10 ms, and what does each cost by itself?
+"""What do threads, processes and Dask gain for evaluations that take 10 ms, and what does each cost by itself?
 
 64 evaluations for the gradient of 32 numbers by central differences: of a function that sleeps, as one that waits for
-another machine does, and of one that computes. Then a function that does nothing, for the cost of an evaluation alone.
-Last a recurrent model whose 20 steps each call a simulator of 10 ms: forward and backward, where the evaluations of the
+another machine does, and of one that computes; beside it the pool's own map of 64 calls, which no gradient can beat and
+which shows what the machine has to give. Then a function that does nothing, for the cost of an evaluation alone. Last a
+recurrent model whose 20 steps each call a simulator of 10 ms: forward and backward, where the evaluations of the
 whole window go out together. Serial and parallel take turns; figures are medians.
 
     OMP_NUM_THREADS=1 python benchmarks/executors.py
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from distributed import Client, LocalCluster
 from figures import figure
 
 from ignite_tbptt.blackbox import CentralDifference, Workers, blackbox
@@ -44,7 +46,7 @@ def nothing(x: Any) -> Any:
     return x * 2
 
 
-def gradient(f: Any, x: torch.Tensor) -> Callable[[], None]:
+def gradient(f: Any, x: torch.Tensor) -> Callable[[], Any]:
     def run() -> None:
         x.grad = None
         f(x).sum().backward()
@@ -52,25 +54,28 @@ def gradient(f: Any, x: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def compare(title: str, fn: Any, executors: dict[str, Any], rounds: int, size: int = 32) -> None:
-    x = torch.linspace(0, 1, size, dtype=torch.float64).requires_grad_()
-    fs = {
-        name: blackbox(fn, numpy=True, executor=executor, estimator=CentralDifference())
+def compare(title: str, fn: Any, executors: dict[str, Any], rounds: int, bare: Any = None) -> None:
+    x = torch.linspace(0, 1, 32, dtype=torch.float64).requires_grad_()
+    runs = {
+        name: gradient(blackbox(fn, numpy=True, executor=executor, estimator=CentralDifference()), x)
         for name, executor in executors.items()
     }
-    for f in fs.values():  # verified at gradients 1, 2, 4
+    if bare is not None:
+        runs["the map of these alone"] = lambda: list(bare.map(fn, [x.detach().numpy()] * 64))
+    for run in runs.values():  # verified at gradients 1, 2, 4
         for _ in range(4):
-            gradient(f, x)()
-    times: dict[str, list[float]] = {name: [] for name in fs}
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, f in fs.items():
+        for name, run in runs.items():
             start = time.perf_counter()
-            gradient(f, x)()
+            run()
             times[name].append(time.perf_counter() - start)
     serial = statistics.median(times["serial"])
     for name, taken in times.items():
         middle = statistics.median(taken)
-        print(f"{title:34}{name:24}{middle * 1e3:>10.1f} ms{serial / middle:>8.2f}x", flush=True)
+        each = f"{middle / 64 * 1e6:>8.0f} us each"
+        print(f"{title:34}{name:24}{middle * 1e3:>10.1f} ms{serial / middle:>8.2f}x{each}", flush=True)
         if name != "serial":
             figure(f"{title}, {name}: speed over one after the other", serial / middle, "x")
 
@@ -111,15 +116,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     warnings.simplefilter("ignore")
-    with ThreadPoolExecutor(16) as threads, ProcessPoolExecutor(2) as processes:
+    with (
+        ThreadPoolExecutor(16) as threads,
+        ProcessPoolExecutor(2) as processes,
+        LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        dask = client.get_executor()
         compare("64 evaluations that sleep", sleeping, {"serial": None, "16 threads": threads}, rounds)
-        compare("64 evaluations that compute", computing, {"serial": None, "2 processes": processes}, rounds)
-        pools = {
-            "serial": None,
-            "16 threads": threads,
-            "with a time-out": Workers(threads, 60),
-            "2 processes": processes,
-        }
+        pools = {"serial": None, "2 processes": processes, "2 workers of Dask": dask}
+        compare("64 evaluations that compute", computing, pools, rounds, processes)
+        pools = {"serial": None, "16 threads": threads, "with a time-out": Workers(threads, 60), **pools}
         compare("64 evaluations of nothing", nothing, pools, 10 * rounds)
         window(threads)
 

@@ -33,6 +33,9 @@ Pool = Executor
 # too. It has no more of them than this.
 _GROUP_SECONDS, _LARGEST_GROUP = 0.01, 1024
 
+# So many measured evaluations count in the next round; the first group of it has at most twice as many.
+_KEPT_PACE = 32
+
 # What is handed over ahead of the result that is awaited: enough for any pool, and little memory.
 _EVALUATIONS_AHEAD, _GROUPS_AHEAD = 256, 16
 
@@ -58,7 +61,7 @@ class Workers:
     ``executor=pool`` alone is ``Workers(pool)``. To processes the function has to be sent: it must be defined at the
     top level of a module, or cloudpickle be installed. The forward call itself is made where the model runs.
 
-    Evaluations that take less than 10 ms, as measured on the first of them, are handed to a worker several at a time.
+    Evaluations that take less than 10 ms, as measured on those before, are handed to a worker several at a time.
     A worker reads the function once.
 
     Args:
@@ -83,6 +86,8 @@ class Workers:
     failed: Literal["raise", "nan"] = "raise"
     _left: dict[bytes, int] = field(default_factory=dict, init=False, repr=False)
     """How many workers are still to be sent a large program, by its name."""
+    _pace: dict[str, tuple[int, float]] = field(default_factory=dict, init=False, repr=False)
+    """Evaluations that were measured in earlier rounds, and their seconds, by the name of the function."""
 
     def __post_init__(self) -> None:
         if isinstance(self.executor, type) or not hasattr(self.executor, "submit"):
@@ -101,7 +106,11 @@ class Workers:
 
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
         """See `Executor`."""
-        return _Round(self, function).results(iter(tasks))
+        tasks = iter(tasks)
+        first = list(itertools.islice(tasks, 1))
+        return (
+            _Round(self, function, first[0].program.label).results(itertools.chain(first, tasks)) if first else iter(())
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +125,10 @@ class _Group:
 class _Round:
     """One call of `Workers`."""
 
-    def __init__(self, workers: Workers, function: Callable[[Task], Result]) -> None:
-        self._workers, self._function = workers, function
+    def __init__(self, workers: Workers, function: Callable[[Task], Result], label: str) -> None:
+        self._workers, self._function, self._label = workers, function, label
         self._waiting: deque[_Group] = deque()
-        self._count, self._seconds = 0, 0.0
+        self._count, self._seconds = workers._pace.get(label, (0, 0.0))
         self._submissions = itertools.count()
 
     def results(self, tasks: Iterator[Task]) -> Iterator[Result]:
@@ -133,6 +142,9 @@ class _Round:
         finally:  # an error ends the round: what has not begun is not to be paid for
             for group in self._waiting:
                 group.future.cancel()
+            kept = min(self._count, _KEPT_PACE)
+            if kept:
+                self._workers._pace[self._label] = kept, self._seconds * kept / self._count
         if lost:
             warn(
                 f"{len(lost)} of {total} evaluations were lost and count as NaN, the last by "
