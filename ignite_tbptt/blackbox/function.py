@@ -104,6 +104,7 @@ def blackbox(
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
     vectorized: bool = True,
+    progress: bool = False,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Callable[[Callable[P, R]], BlackboxFunction[P, R]]: ...
@@ -121,6 +122,7 @@ def blackbox(  # type: ignore[overload-overlap]
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
     vectorized: bool = True,
+    progress: bool = False,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Blackbox: ...
@@ -138,6 +140,7 @@ def blackbox(
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
     vectorized: bool = True,
+    progress: bool = False,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> BlackboxFunction[P, R]: ...
@@ -154,6 +157,7 @@ def blackbox(
     dtype: torch.dtype | None = None,
     repeatable: bool = True,
     vectorized: bool = True,
+    progress: bool = False,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Any:
@@ -201,6 +205,8 @@ def blackbox(
         vectorized: False for a function of one row, without the batch axes that in_dims name, as under `torch.vmap`: an
             external program, a simulator. The rows of the call and those of every moved point are evaluated one by one
             by the executor, and the outputs are stacked along out_dims.
+        progress: show how many evaluations are done, and how many a second, where a gradient takes longer than 2 s. It
+            is drawn by tqdm, in terminals alone.
         count: where evaluations are counted; a new one by default.
         evaluator: the old name of `executor`.
 
@@ -225,6 +231,7 @@ def blackbox(
             dtype=dtype,
             repeatable=repeatable,
             vectorized=vectorized,
+            progress=progress,
             count=count,
             evaluator=evaluator,
         )
@@ -243,8 +250,11 @@ def blackbox(
             dtype=dtype,
             repeatable=repeatable,
             vectorized=vectorized,
+            progress=progress,
             count=count,
             evaluator=evaluator,
         )
-    options = make_options(estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized)
+    options = make_options(
+        estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized, progress
+    )
     return BlackboxFunction(fn, options, EvaluationCount() if count is None else count)

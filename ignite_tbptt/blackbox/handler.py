@@ -9,6 +9,7 @@ trainer, a process function of one's own.
 from __future__ import annotations
 
 import difflib
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -51,7 +52,8 @@ class FiniteDifferenceGradients:
     ``with``, or until `detach`.
 
     From the first iteration on ``engine.state`` has ``nfev``, ``seconds`` (inside the modules) and ``wall_seconds``
-    (all that gradients have cost), which Ignite's loggers read as ``state_attributes``.
+    (all that gradients have cost), and of the present run ``evaluations_per_second`` (while gradients are taken) and
+    ``gradient_share`` (of the time since it started), which Ignite's loggers read as ``state_attributes``.
 
     With ``modules=None`` the first forward of the model with gradients enabled is preceded by one that is watched (see
     `find_graph_cuts`): the modules in which values leave torch are bound, and a log line says which. A ``detach()`` or
@@ -72,6 +74,7 @@ class FiniteDifferenceGradients:
             each.
         out_dims: the batch axis of their outputs, where in_dims is given.
         repeatable: False for modules that are noisy by nature, as in `blackbox`.
+        progress: show a bar of evaluations where a gradient takes longer than 2 s, as in `blackbox`.
         evaluator: the old name of `executor`.
 
     Attributes:
@@ -93,6 +96,7 @@ class FiniteDifferenceGradients:
         in_dims: Any = None,
         out_dims: int | Sequence[int | None] | None = 0,
         repeatable: bool = True,
+        progress: bool = False,
         evaluator: Executor | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -101,13 +105,14 @@ class FiniteDifferenceGradients:
         self._wrapped = model
         self._model: nn.Module = unwrapped(model)
         self._chosen = None if modules is None else _chosen(self._model, modules)
-        make_options(estimator, executor, in_dims, out_dims, None, False, repeatable, evaluator, 2)
+        make_options(estimator, executor, in_dims, out_dims, None, False, repeatable, evaluator, 2, progress=progress)
         self._options: dict[str, Any] = {
             "estimator": estimator,
             "executor": evaluator if executor is None else executor,
             "in_dims": in_dims,
             "out_dims": out_dims,
             "repeatable": repeatable,
+            "progress": progress,
         }
         self.counts: dict[str, EvaluationCount] = {}
         self.report: GraphCutReport | None = None
@@ -115,6 +120,7 @@ class FiniteDifferenceGradients:
         self._removals: list[Callable[[], None]] = []
         self._attached: dict[int, tuple[Engine, list[Any]]] = {}
         self._running: set[int] = set()
+        self._began: dict[int, tuple[float, int, float]] = {}
 
     @property
     def nfev(self) -> int:
@@ -157,6 +163,7 @@ class FiniteDifferenceGradients:
                 handle.remove()
         self._attached.clear()
         self._running.clear()
+        self._began.clear()
         self._remove()
 
     def __enter__(self) -> FiniteDifferenceGradients:
@@ -170,6 +177,7 @@ class FiniteDifferenceGradients:
     def _start(self, engine: Engine) -> None:
         # A run that was interrupted or that raised starts again with its bindings in place.
         self._running.add(id(engine))
+        self._began[id(engine)] = time.perf_counter(), self.nfev, self.wall_seconds
         if self._removals:
             return
         self._forget_compiled_code()
@@ -182,6 +190,15 @@ class FiniteDifferenceGradients:
         """Put what gradients have cost on the state, for loggers; of several handlers the sum."""
         for name in ("nfev", "seconds", "wall_seconds"):
             setattr(engine.state, name, sum(getattr(handler, name) for handler in _ATTACHED[engine]))
+        begun = [
+            (handler, *handler._began[id(engine)]) for handler in _ATTACHED[engine] if id(engine) in handler._began
+        ]
+        if begun:
+            state: Any = engine.state
+            nfev = sum(handler.nfev - before for handler, _, before, _ in begun)
+            spent = sum(handler.wall_seconds - before for handler, _, _, before in begun)
+            state.evaluations_per_second = nfev / spent if spent else 0.0
+            state.gradient_share = spent / (time.perf_counter() - begun[0][1])
 
     def _complete(self, engine: Engine) -> None:
         if id(engine) not in self._running:

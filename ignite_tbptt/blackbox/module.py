@@ -170,6 +170,7 @@ def bind(
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
     repeatable: bool = True,
+    progress: bool = False,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Callable[[], None]:
@@ -198,6 +199,7 @@ def bind(
             shared by all rows.
         out_dims: the batch axis of the outputs, where in_dims is given.
         repeatable: False for a module that is noisy by nature, as in `blackbox`.
+        progress: show a bar where a gradient takes longer than 2 s, as in `blackbox`.
         count: where to count evaluations and seconds.
         evaluator: the old name of `executor`.
 
@@ -209,7 +211,9 @@ def bind(
             f"module must be a torch.nn.Module, got {type(module).__name__}; for a function use blackbox(fn)"
         )
     _refuse_script(module)
-    options = make_options(estimator, executor, in_dims, out_dims, None, False, repeatable, evaluator, 2)
+    options = make_options(
+        estimator, executor, in_dims, out_dims, None, False, repeatable, evaluator, 2, progress=progress
+    )
     count = EvaluationCount() if count is None else count
     binding = Binding(type(module).__name__ if name is None else name, options, count)
     before = module.register_forward_pre_hook(binding.begin, with_kwargs=True)
@@ -277,6 +281,7 @@ class Blackbox(nn.Module):
         repeatable: False for what is noisy by nature, as in `blackbox`.
         vectorized: False for what takes one row, as in `blackbox`. On a pool a module is evaluated on copies then, and
             what it changes in itself is not kept.
+        progress: show a bar where a gradient takes longer than 2 s, as in `blackbox`.
         count: where to count evaluations and seconds.
         evaluator: the old name of `executor`.
 
@@ -297,6 +302,7 @@ class Blackbox(nn.Module):
         dtype: torch.dtype | None = None,
         repeatable: bool = True,
         vectorized: bool = True,
+        progress: bool = False,
         count: EvaluationCount | None = None,
         evaluator: Executor | None = None,
     ) -> None:
@@ -307,7 +313,7 @@ class Blackbox(nn.Module):
                 f"{type(module_or_fn).__name__}: there is nothing to evaluate; pass it itself, not what it returns"
             )
         self._options = make_options(
-            estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized
+            estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized, progress
         )
         self._chosen = estimator
         self.count = EvaluationCount() if count is None else count

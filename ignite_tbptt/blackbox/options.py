@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +12,13 @@ import torch
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.executors import Pool, Workers
+from ignite_tbptt.blackbox.progress import Progress
 from ignite_tbptt.blackbox.rows import Rows
 from ignite_tbptt.blackbox.task import Executor, Result, SerialEvaluation, StackedEvaluation, Task, run
 
 __all__ = ["Options", "make_options"]
+
+_NOT_SHOWN = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Options:
     is_default: bool = False
     """Whether no estimator was given, so that the step is measured where the default one does not suit."""
     vectorized: bool = True
+    shown: contextlib.AbstractContextManager[None] = _NOT_SHOWN
+    """Told when a gradient begins and ends."""
 
     def first(self, task: Task) -> Result:
         """The call itself: made in the caller's thread, unless its rows are evaluated one by one."""
@@ -68,6 +74,7 @@ def make_options(
     evaluator: Executor | None,
     stacklevel: int,
     vectorized: bool = True,
+    progress: bool = False,
 ) -> Options:
     """Options with their defaults, checked.
 
@@ -98,9 +105,15 @@ def make_options(
         )
     if dtype is None and numpy:
         dtype = torch.float64
+    executor = StackedEvaluation(required=False) if executor is None else executor
+    shown: contextlib.AbstractContextManager[None] = _NOT_SHOWN
+    if progress:
+        packing = executor if isinstance(executor, (SerialEvaluation, StackedEvaluation)) else None
+        shown = bar = Progress(cast("Executor", executor if packing is None else packing.executor))
+        executor = bar if packing is None else replace(packing, executor=bar)
     return Options(
         CentralDifference() if estimator is None else estimator,
-        StackedEvaluation(required=False) if executor is None else executor,
+        executor,
         in_dims,
         out_dims,
         dtype,
@@ -108,6 +121,7 @@ def make_options(
         repeatable,
         estimator is None,
         vectorized,
+        shown,
     )
 
 

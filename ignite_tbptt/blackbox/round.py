@@ -88,7 +88,7 @@ def gradients(
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             found = _contracted(record, held, held.slopes, many)
         return _counted(record, found, start)
-    with ALONE, torch.no_grad(), autocast_off(record.tensors):
+    with ALONE, record.options.shown, torch.no_grad(), autocast_off(record.tensors):
         before, moved = record.facts.streams(), True
         try:
             held, slopes = _evaluate(record, reachable(), many[0])

@@ -313,8 +313,8 @@ class EvaluationCount:
 
 def runs_elsewhere(executor: Any) -> bool:
     """Whether an executor may run calls at the same time, and not in the caller's thread alone."""
-    if isinstance(executor, (SerialEvaluation, StackedEvaluation)):
-        executor = executor.executor
+    while (inside := getattr(executor, "executor", None)) is not None:  # of what packs, counts or takes rows apart
+        executor = inside
     return executor is not map
 
 

@@ -508,11 +508,18 @@ def test_loggers_read_from_the_state_what_gradients_cost() -> None:
     def read() -> None:
         state: Any = trainer.state
         seen.append((state.nfev, state.seconds, state.wall_seconds))
+        assert 0 < state.gradient_share < 1
+        assert state.evaluations_per_second > 0
 
     trainer.run(sequences())
     assert seen[-1] == (handler.nfev, handler.seconds, handler.wall_seconds)
     assert 0 < handler.seconds < handler.wall_seconds
     assert seen[0][0] < seen[-1][0]
+    before = seen[-1]
+    trainer.run(sequences(1))  # of a second run its own evaluations count
+    state: Any = trainer.state
+    rate = (state.nfev - before[0]) / (state.wall_seconds - before[2])
+    assert state.evaluations_per_second == pytest.approx(rate)
     handler.detach()
 
 
