@@ -77,7 +77,7 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
     used = [(k, v.double()) for k in point.floats if (v := cotangents[k]) is not None and bool(torch.isfinite(v).all())]
     if not needed or not used:
         return
-    before = record.facts.streams()
+    before, drawn = record.facts.streams(), record.count.drawn
     wanted = min(_SAMPLE, sum(point.x[k].numel() for k in needed)) if first else 1
     for turn in range(record.number, record.number + wanted):
         k = needed[turn % len(needed)]
@@ -88,7 +88,7 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(element), point.x[k].shape))
         message = _compared(point, k, position, index, used)
         if message is not None:
-            if not record.draws and before.have_moved():
+            if not record.draws and record.count.drew_since(drawn, before):
                 # Away from x it draws random numbers, which were not common here: again, when they are.
                 record.facts.forget(key_of(record))
                 return

@@ -31,6 +31,7 @@ __all__ = [
     "call_module",
     "copied",
     "name_of",
+    "same_bits",
     "same_kind",
 ]
 
@@ -552,3 +553,8 @@ def _shape_of(template: Any) -> Any:
     if pairs is None:
         return "-"
     return (type(template).__name__, tuple((key, _shape_of(child)) for key, child in pairs))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; NaN is the same as NaN."""
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -97,7 +97,7 @@ class Journaled:
 
         for result in self._executor(function, missing()):
             key, unwatched = running.popleft()
-            if result.error is None and not (unwatched and (result.drew or streams.have_moved())):
+            if result.error is None and not (unwatched and result.drew_since(streams)):
                 self._add(key, result)
             else:  # it raised, or drew random numbers that are not in its key
                 unkept[key] = result

@@ -43,7 +43,6 @@ class Options:
         if self.vectorized:
             return run(task)
         (result,) = self.executor(run, [task])
-        result.leave_trace()
         return result
 
     @property

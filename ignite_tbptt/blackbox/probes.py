@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.coloring import Sparsity, coloring_of
 from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
-from ignite_tbptt.blackbox.flat import Outputs
+from ignite_tbptt.blackbox.flat import Outputs, same_bits
 from ignite_tbptt.blackbox.moves import Coordinates
 from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
 from ignite_tbptt.blackbox.record import Record
@@ -62,14 +62,14 @@ def _repeat(point: Point) -> None:
     record = point.record
     again = evaluate_at(record, [x.clone() for x in point.x], "at x once more", 1, point)
     pairs = [(again.tensors[k], point.first.tensors[k]) for k in point.floats]
-    if all(_same_bits(now, was) for now, was in pairs):
+    if all(same_bits(now, was) for now, was in pairs):
         return
     if record.by_hook and all(_near(point, now, was) for now, was in pairs):
         # compiled code adds up in another order than the function itself
         point.first = record.first = again
         again = evaluate_at(record, [x.clone() for x in point.x], "at x once more", 1, point)
     for k in point.floats:
-        if _same_bits(again.tensors[k], point.first.tensors[k]):
+        if same_bits(again.tensors[k], point.first.tensors[k]):
             continue
         shared = [name for state in record.flat.states for name in state.shared]
         kept = f" (attributes that could not be copied: {', '.join(shared)})" if shared else ""
@@ -102,7 +102,7 @@ def _rows(point: Point) -> None:
         one = one or out
         for k, dim in zip(point.floats, point.out_dims or (), strict=True):
             now, was = (tensors[k].movedim(dim, 0)[which] for tensors in (out.tensors, point.first.tensors))
-            if not _same_bits(now, was):
+            if not same_bits(now, was):
                 if record.options.repeatable:
                     _repeat(point)
                 raise BlackboxError(
@@ -166,7 +166,7 @@ def _look_for_rows(point: Point) -> None:
         out = evaluate_at(record, points, "row 0 moved, to see whether others notice", 1, point).tensors
     except BlackboxError:
         return
-    if all(_same_bits(out[k][1:], point.first.tensors[k][1:]) for k in point.floats):
+    if all(same_bits(out[k][1:], point.first.tensors[k][1:]) for k in point.floats):
         less = (moved + shared) / (moved / rows + shared)
         record.count.hint = (
             f"its {rows} rows look independent: in_dims=0 would take 1/{less:.0f} of the evaluations, several of them "
@@ -222,7 +222,3 @@ def _near(point: Point, found: Tensor, wanted: Tensor) -> bool:
     """Whether two outputs are the same up to what rounding may do."""
     scale = float(wanted.abs().nan_to_num(0, 0, 0).amax())
     return torch.allclose(found, wanted, rtol=0, atol=scale * point.eps**0.5, equal_nan=True)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -20,7 +20,7 @@ from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.options import Options
-from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Task
+from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Result, Task
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Record", "autocast_off"]
@@ -64,11 +64,11 @@ class Record:
         """Evaluate at x; returns the numbers in the output."""
         self._prepare(tensors)
         if not self.differentiable:
-            return self._finish(self._evaluated(tensors), tensors)
+            return self._finish(self._evaluated(tensors)[0], tensors)
         with ALONE:
             streams = self.facts.streams()
-            outputs = self._evaluated(tensors)
-            self.drew_since(streams)
+            outputs, result = self._evaluated(tensors)
+            self._drew(streams, result.drew_since(streams))
         self.first = outputs
         return self._finish(outputs, tensors)
 
@@ -77,7 +77,7 @@ class Record:
         self._prepare(tensors)
         self.by_hook = True
         outputs = Outputs.of(value, self.flat.label)
-        self.drew_since(streams)
+        self._drew(streams, streams.have_moved())
         if not self._casts:
             self.first = outputs
         return self._finish(outputs, tensors)
@@ -94,9 +94,9 @@ class Record:
         found: Estimator = facts.get(self.inputs_key, self.options.estimator) if facts else self.options.estimator
         return found
 
-    def drew_since(self, streams: RandomStreams) -> None:
+    def _drew(self, streams: RandomStreams, draws: bool) -> None:
         """Hold the streams as they were before an evaluation, and whether it drew from them."""
-        self.streams, self.draws = streams, streams.have_moved()
+        self.streams, self.draws = streams, draws
         self.facts.draws = self.draws or bool(self.facts.draws)
 
     def _prepare(self, tensors: Sequence[Tensor]) -> None:
@@ -110,13 +110,13 @@ class Record:
             or (device is not None and any(tensor.device.type != device for tensor in tensors))
         )
 
-    def _evaluated(self, tensors: Sequence[Tensor]) -> Outputs:
+    def _evaluated(self, tensors: Sequence[Tensor]) -> tuple[Outputs, Result]:
         with autocast_off(tensors) if self.autocast else contextlib.nullcontext():
             result = self.options.first(Task(self.flat, self.points(tensors), first=True))
         if result.error is not None:
             raise result.error
         assert result.outputs is not None
-        return result.outputs
+        return result.outputs, result
 
     def points(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors as the function gets them, in memory of their own; made where no gradients are recorded."""

@@ -89,11 +89,11 @@ def gradients(
             found = _contracted(record, held, held.slopes, many)
         return _counted(record, found, start)
     with ALONE, record.options.shown, torch.no_grad(), autocast_off(record.tensors):
-        before, moved = record.facts.streams(), True
+        before, drawn, moved = record.facts.streams(), record.count.drawn, True
         try:
             held, slopes = _evaluate(record, reachable(), many[0])
             found = _contracted(record, held, slopes, many)
-            moved = record.draws or before.have_moved()
+            moved = record.draws or record.count.drew_since(drawn, before)
             if moved and not record.draws:
                 # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
                 # included.

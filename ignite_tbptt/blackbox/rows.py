@@ -52,7 +52,8 @@ class Rows:
             yield self._joined(task, [first, *(next(results) for _ in range(count - 1))])
 
     def _joined(self, task: Task, results: list[Result]) -> Result:
-        seconds, drew = sum(result.seconds for result in results), any(result.drew for result in results)
+        seconds = sum(result.seconds for result in results)
+        drew = any(result.drew for result in results) or (None if any(r.drew is None for r in results) else False)
         whole = Result(None, None, seconds, drew, calls=len(results))
         label = task.program.label
         if task.streams is not None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Pool
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
-from ignite_tbptt.blackbox.flat import FlatCall, Outputs
+from ignite_tbptt.blackbox.flat import FlatCall, Outputs, same_bits, same_kind
 from ignite_tbptt.blackbox.travel import Packed, as_arrays, as_tensors, packed, unpacked
 from ignite_tbptt.random_streams import RandomStreams
 
@@ -111,7 +113,7 @@ class Result:
         outputs: the numbers, None where the function raised.
         error: what it raised.
         seconds: how long it took.
-        drew: whether it drew random numbers in another process, of which this one's streams have no trace.
+        drew: whether it drew random numbers in another process; None in this one, where the streams tell.
         lost: whether it is given up, and counts as NaN in every output instead of raising; where there are outputs,
             some rows of them are.
         calls: of the function, several where its rows were evaluated one by one.
@@ -121,7 +123,7 @@ class Result:
     outputs: Outputs | None
     error: Exception | None
     seconds: float
-    drew: bool = False
+    drew: bool | None = None
     lost: bool = False
     calls: int = 1
     part: str = ""
@@ -143,10 +145,12 @@ class Result:
             data = pickle.dumps((None, None, told, *rest))
         return _came_back, (data,)
 
-    def leave_trace(self) -> None:
-        """Whether a function draws is seen by its trace in the streams of this process."""
-        if self.drew:
-            torch.rand(())
+    def drew_since(self, streams: RandomStreams) -> bool:
+        """Whether it drew from streams that were asked for before.
+
+        What moves those of this process meanwhile, the client of a cluster say, does not count for another process.
+        """
+        return streams.have_moved() if self.drew is None else self.drew
 
 
 def _came_back(data: bytes) -> Result:
@@ -157,9 +161,7 @@ def _came_back(data: bytes) -> Result:
 def run(task: Task) -> Result:
     """Evaluate; an exception is part of the result."""
     if task.elsewhere and task.streams is None:
-        streams = RandomStreams.latest()
-        result = run(replace(task, elsewhere=False))
-        return replace(result, drew=streams.have_moved())
+        return _watched(replace(task, elsewhere=False))
     start = time.perf_counter()
     outside, _LEVEL.now = _LEVEL.now, task.level
     try:
@@ -179,6 +181,40 @@ def run(task: Task) -> Result:
         return Result(Outputs.of(value, task.program.label), None, seconds)
     except TypeError as error:
         return Result(None, error, seconds)
+
+
+def _watched(task: Task) -> Result:
+    """Evaluate in the process of a pool, and see whether random numbers are drawn."""
+    points = [point.clone() for point in task.points]
+    streams = RandomStreams.latest()
+    result = run(task)
+    if not streams.have_moved():
+        return replace(result, drew=False)
+    if replace(streams, python=random.getstate()).have_moved():
+        return replace(result, drew=True)
+    # Python's alone: by another thread maybe, as Dask has in its workers
+    times = _INNOCENT.get(task.program, 0) + 1
+    drew = not times & (times - 1) and _draws(replace(task, points=points), result)
+    _INNOCENT[task.program] = 0 if drew else times
+    return replace(result, drew=drew)
+
+
+# How often numbers were drawn during an evaluation of a program that draws none itself.
+_INNOCENT: weakref.WeakKeyDictionary[FlatCall, int] = weakref.WeakKeyDictionary()
+
+
+def _draws(task: Task, first: Result) -> bool:
+    """Whether it draws again when evaluated again, and gives other outputs."""
+    for _ in range(4):
+        streams = RandomStreams.latest()
+        again = run(replace(task, points=[point.clone() for point in task.points]))
+        if not streams.have_moved():
+            return False
+        if first.outputs is None or again.outputs is None or same_kind(first.outputs, again.outputs):
+            return True
+        if not all(map(same_bits, first.outputs.tensors, again.outputs.tensors)):
+            return True
+    return False
 
 
 def _evaluated(task: Task) -> Any:
@@ -277,7 +313,18 @@ class EvaluationCount:
     wall_seconds: float = 0.0
     gradients: int = 0
     hint: str = ""
+    _here: int = field(default=0, repr=False, compare=False)  # evaluations in this process
+    _drew: int = field(default=0, repr=False, compare=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """How many evaluations were made in this process, and how many drew random numbers in another one."""
+        return self._here, self._drew
+
+    def drew_since(self, drawn: tuple[int, int], streams: RandomStreams) -> bool:
+        """Whether evaluations drew random numbers since; see `Result.drew_since`."""
+        return self._drew > drawn[1] or (self._here > drawn[0] and streams.have_moved())
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -292,8 +339,11 @@ class EvaluationCount:
             LostEvaluationError: it is given up.
             BlackboxError: the function raised.
         """
-        result.leave_trace()
         with self._lock:
+            if result.drew is None:
+                self._here += 1
+            elif result.drew:
+                self._drew += 1
             self.seconds += result.seconds
             if probe:
                 self.probes += 1

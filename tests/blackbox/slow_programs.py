@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,15 @@ def rooted(x: Any) -> Any:
 
 def squared(x: Tensor) -> Tensor:
     return (x * x).detach()
+
+
+def squared_beside_a_thread(x: Tensor) -> Tensor:
+    """Where it runs something else draws random numbers."""
+    if multiprocessing.parent_process() is not None:
+        other = threading.Thread(target=random.random)
+        other.start()
+        other.join()
+    return squared(x)
 
 
 class Busy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import pickle
+import random
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ from tests.blackbox.slow_programs import (
     looked_up,
     raises_what_cannot_be_pickled,
     squared,
+    squared_beside_a_thread,
 )
 
 
@@ -220,6 +222,28 @@ def test_pools_of_another_kind() -> None:
     ):
         with pytest.raises(BlackboxError, match=told):
             blackbox(torch.sin, executor=Workers(pool, retries=1))(x).sum().backward()  # type: ignore[arg-type]
+
+
+def test_random_numbers_of_the_client_of_a_cluster_are_not_those_of_the_function(processes: Any) -> None:
+    """Dask's draws some for every result that it fetches, and its workers do while they evaluate."""
+    pool = Workers(processes)
+
+    def restless(function: Any, tasks: Any) -> Iterator[Any]:
+        for result in pool(function, tasks):
+            random.random()
+            yield result
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(3, 2).requires_grad_()
+    whole = blackbox(squared, executor=restless, estimator=CentralDifference())
+    rows = blackbox(squared, executor=restless, in_dims=0, vectorized=False, estimator=CentralDifference())
+    for f in (whole, rows):
+        for _ in range(2):
+            assert torch.allclose(torch.autograd.grad(f(x).sum(), x)[0], 2 * x, rtol=1e-9)
+    assert whole.count.nfev == 2 * 12
+    disturbed = blackbox(squared_beside_a_thread, executor=pool, estimator=CentralDifference())
+    for _ in range(2):
+        assert torch.allclose(torch.autograd.grad(disturbed(x).sum(), x)[0], 2 * x, rtol=1e-9)
+    assert disturbed.count.nfev == 2 * 12
 
 
 def test_a_blackbox_inside_of_an_evaluation_does_not_wait_for_its_own_round() -> None:
