@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -48,9 +49,16 @@ class ModuleState:
 
     @classmethod
     def of(cls, module: nn.Module) -> tuple[ModuleState, list[nn.Parameter]]:
-        """The present state of a module, and its parameters that require grad."""
-        every = dict(module.named_parameters())
-        return cls(module, every), [p for p in every.values() if p.requires_grad]
+        """The present state of a module, and its parameters that require grad; the last one where it is the same."""
+        marks = _marks(module)
+        before, kept, parameters = _LATEST.get(module, (None, None, []))
+        state = None if kept is None or before != marks else kept()
+        if state is None:
+            every = dict(module.named_parameters())
+            state, parameters = cls(module, every), [p for p in every.values() if p.requires_grad]
+            if state.plain is not None:
+                _LATEST[module] = marks, weakref.ref(state), parameters
+        return state, list(parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         """In another process parameters are other objects; their values stay here, every evaluation brings its own."""
@@ -114,6 +122,24 @@ class ModuleState:
         ]
 
 
+def _marks(module: nn.Module) -> list[Any]:
+    """Equal where nothing was bound anew in a module, or written into its buffers and frozen parameters.
+
+    Of a module whose attributes cannot change in place that is all; the state that is kept holds them alive.
+    """
+    found: list[Any] = []
+    for part in module.modules():
+        held = vars(part)
+        found += map(id, held.values())
+        found += [(name, id(p), p is None or p.requires_grad or p._version) for name, p in part._parameters.items()]
+        found += [(name, id(b), b is None or b._version) for name, b in part._buffers.items()]
+    return found
+
+
+# By module: its marks, the state that was held then as long as a call needs it, and its parameters.
+_LATEST: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
 def _twin(module: nn.Module, memo: dict[int, Any], state: ModuleState | None) -> nn.Module:
     """A module with attributes of its own, whose parameters are those of the memo."""
     if id(module) in memo:
@@ -121,7 +147,7 @@ def _twin(module: nn.Module, memo: dict[int, Any], state: ModuleState | None) ->
     twin: nn.Module = object.__new__(type(module))
     memo[id(module)] = twin
     held = dict(vars(module))
-    twin.__dict__ = held
+    object.__setattr__(twin, "__dict__", held)  # past the checks of nn.Module, which take longer than all else here
     held["_parameters"] = {name: memo.get(id(p), p) for name, p in module._parameters.items()}
     if module._buffers:
         held["_buffers"] = {name: _copied(buffer, memo) for name, buffer in module._buffers.items()}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ignite_tbptt.blackbox import Blackbox, bind, find_graph_cuts, unbind
+from ignite_tbptt.blackbox import Blackbox, CentralDifference, bind, find_graph_cuts, unbind
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.task import EvaluationCount
 from tests.blackbox.cut_models import Cell, Nested, Through, assert_near, gradients, twins
@@ -622,3 +622,43 @@ def test_compiled_models_break_around_the_binding() -> None:
         run(torch.compile(model, backend="eager"), x)
     run(truth, x)
     assert_near(gradients(model), gradients(truth))
+
+
+def test_each_call_of_a_window_is_in_the_state_that_it_began_in() -> None:
+    """Nothing changed between calls, then everything that can: an attribute, a buffer, a frozen parameter, a layer."""
+
+    class Scaled(nn.Module):
+        offset: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 1.0
+            self.register_buffer("offset", torch.zeros(2, dtype=torch.float64))
+            self.frozen = nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=False)
+            self.inner: nn.Module = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner(x * self.scale + self.offset) * self.frozen
+            return y.detach()
+
+    changes: list[Callable[[Scaled], object]] = [
+        lambda m: None,
+        lambda m: setattr(m, "scale", 3.0),
+        lambda m: m.offset.add_(0.5),
+        lambda m: setattr(m, "frozen", nn.Parameter(torch.full_like(m.frozen, 2.0), requires_grad=False)),
+        lambda m: setattr(m, "inner", nn.Tanh()),
+        lambda m: None,
+        lambda m: m.eval(),
+    ]
+    module, truth = Scaled(), Scaled()
+    bind(module, estimator=CentralDifference(order=4))
+    found = []
+    for model in (module, truth):
+        x = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for change in changes:
+            change(model)
+            y = model(x) if model is module else model.inner(x * model.scale + model.offset) * model.frozen
+            total = total + y.sum()
+        found.append(torch.autograd.grad(total, x)[0])
+    assert torch.allclose(found[0], found[1], rtol=1e-10)
