@@ -417,7 +417,7 @@ def name_of(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__name__", None) or type(fn).__name__.lstrip("_")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)  # frozen ones take four times as long to make
 class Outputs:
     """One value of a blackbox.
 

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,7 @@ _PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
 HELD_BYTES = 2**26
 
 
-@dataclass(frozen=True, eq=False)
-class _Slopes:
+class _Slopes(NamedTuple):
     """Slopes of outputs along some moves.
 
     Attributes:
@@ -52,18 +51,17 @@ class _Slopes:
     """
 
     moves: Moves
-    outputs: list[Tensor]
+    outputs: Sequence[Tensor]
     broken: bool
     sides: str
 
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """Slopes that wait for the cotangent of a record, and which rows of them are its own: the first, and how many."""
+    """Slopes that wait for the cotangent of a record."""
 
     point: Point
     slopes: list[tuple[Group, list[_Slopes]]]
-    rows: tuple[int, int] | None
 
 
 Cotangents = Sequence[Tensor | None]
@@ -174,18 +172,15 @@ def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[
         point = Point(alike)
     if len(alike) > 1:
         (slopes,) = _slopes_at_once([point])
-        start = 0
-        for each in alike:
-            rows = _rows(each)
-            each.held = _Held(point, slopes, (start, rows))
-            start += rows
+        for each, apart in zip(alike, _by_record(point, slopes), strict=True):
+            each.held = _Held(point, apart)
     else:
         together = _side_by_side(record, others)
         if len(together) == 1:
-            return _Held(point, [], None), _streamed(point, _groups(point))
+            return _Held(point, []), _streamed(point, _groups(point))
         points = [point, *(Point([other]) for other in together[1:])]
         for each, own, slopes in zip(together, points, _slopes_at_once(points), strict=True):
-            each.held = _Held(own, slopes, None)
+            each.held = _Held(own, slopes)
     held, record.held = record.held, None
     return held, held.slopes
 
@@ -202,6 +197,18 @@ def _slopes_at_once(points: Sequence[Point]) -> list[list[tuple[Group, list[_Slo
     for (slopes_of_group, job), value in zip(jobs, evaluated([job for _, job in jobs]) if jobs else [], strict=True):
         slopes_of_group.append(_slopes_of(job, value))
     return [list(slopes.items()) for slopes in found]
+
+
+def _by_record(point: Point, slopes: Sequence[tuple[Group, list[_Slopes]]]) -> list[list[tuple[Group, list[_Slopes]]]]:
+    """The slopes of each record of a point, those of the rows of its own outputs."""
+    rows = [_rows(record) for record in point.records]
+    found: list[list[tuple[Group, list[_Slopes]]]] = [[(group, []) for group, _ in slopes] for _ in rows]
+    for number, (_, some) in enumerate(slopes):
+        for moves, outputs, broken, sides in some:
+            parts = [out.split_with_sizes(rows, d + 1) for out, d in zip(outputs, point.out_dims or (), strict=True)]
+            for own, *apart in zip(found, *parts, strict=True):
+                own[number][1].append(_Slopes(moves, apart, broken, sides))
+    return found
 
 
 def _side_by_side(record: Record, others: Sequence[Record]) -> list[Record]:
@@ -369,9 +376,6 @@ def _contracted_once(record: Record, held: _Held, slopes: Any, cotangents: Cotan
             total, moves = None, None
             for slope in some:
                 outputs = [slope.outputs[n] for n, _ in used]
-                if held.rows is not None and dims is not None:
-                    start, size = held.rows
-                    outputs = [out.narrow(dim + 1, start, size) for out, dim in zip(outputs, dims, strict=True)]
                 if slope.broken:
                     _check_finite(record, slope, outputs, [k for _, k in used], v)
                 moves = slope.moves
