@@ -18,6 +18,7 @@ from ignite_tbptt.blackbox.measured_step import MeasuredStep
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
 from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.noise import NoiseEstimate, estimate_noise
+from ignite_tbptt.blackbox.over_ranks import OverRanks
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, Steps, StepSize
 from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
@@ -62,6 +63,7 @@ __all__ = [
     "MeasuredStep",
     "NoiseEstimate",
     "Orthogonal",
+    "OverRanks",
     "PerInputStep",
     "Rademacher",
     "RelativeStep",

@@ -78,9 +78,8 @@ class Facts:
         self._number += 1
         return self._number
 
-    def draw(self, number: int, times: int) -> int:
+    def draw(self, number: int, times: int, rank: int) -> int:
         """What random directions of a call are drawn from: others for each blackbox, call, gradient and rank."""
-        rank = torch.distributed.get_rank() if _distributed() else 0
         return self._seed + (number * 0xBF58476D1CE4E5B9 + times * 0x94D049BB133111EB + rank * 0xD6E8FEB86659FD93)
 
     def is_first(self, key: Any) -> bool:
@@ -118,7 +117,3 @@ class Facts:
                 "as a tensor or an array where they are to be differentiated",
                 UntrustedGradientWarning,
             )
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -173,7 +173,7 @@ class _Fingerprint(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return tuple, ((str(value.dtype), tuple(value.shape), _bytes(value)),)
+            return tuple, ((str(value.dtype), tuple(value.shape), bytes_of(value)),)
         if isinstance(value, types.FunctionType):
             inside = [cell.cell_contents for cell in value.__closure__ or ()]
             cells = [None if isinstance(held, (list, dict, set)) else held for held in inside]  # it may count in these
@@ -221,14 +221,15 @@ def _key(task: Task) -> bytes:
     digest = hashlib.sha256()
     for tensor in task.points:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensor))
     digest.update(_known(task.program)[1])
     if task.streams is not None:
-        digest.update(_bytes(task.streams.torch_cpu))
+        digest.update(bytes_of(task.streams.torch_cpu))
         digest.update(pickle.dumps((task.streams.python, task.streams.numpy_legacy)))
     return digest.digest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def bytes_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor."""
     data: bytes = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return data

@@ -80,6 +80,11 @@ class ModuleState:
         """The method whose signature names the arguments."""
         return self._module.forward
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its buffers and the parameters that do not require grad."""
+        return [*self._module.buffers(), *(parameter for parameter, _ in self._frozen)]
+
     @functools.cached_property
     def flags(self) -> tuple[bool, ...]:
         """Whether each submodule is training."""

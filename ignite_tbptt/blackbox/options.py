@@ -9,12 +9,21 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.executors import Pool, Workers
 from ignite_tbptt.blackbox.progress import Progress
 from ignite_tbptt.blackbox.rows import Rows
-from ignite_tbptt.blackbox.task import Executor, Result, SerialEvaluation, StackedEvaluation, Task, run
+from ignite_tbptt.blackbox.task import (
+    Executor,
+    Result,
+    SerialEvaluation,
+    StackedEvaluation,
+    Task,
+    alike_on_all_ranks,
+    run,
+)
 
 __all__ = ["Options", "make_options"]
 
@@ -49,6 +58,12 @@ class Options:
     def must_stack(self) -> bool:
         """Whether stacking was asked for, and its impossibility is an error."""
         return isinstance(self.executor, StackedEvaluation) and self.executor.required
+
+    @property
+    def rank(self) -> int:
+        """Whose random directions are drawn: this rank's own, or those that all ranks have in common."""
+        alone = alike_on_all_ranks(self.executor) or not (dist.is_available() and dist.is_initialized())
+        return 0 if alone else dist.get_rank()
 
     @property
     def device(self) -> str | None:

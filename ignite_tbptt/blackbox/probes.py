@@ -126,7 +126,7 @@ def _pattern(point: Point, sparsity: Sparsity) -> None:
     if len(flat) != rows:
         raise ValueError(f"sparsity has {rows} rows, and the outputs of {point.flat.label} have {len(flat)} numbers")
     density = 1 / (1 + int((coloring.owners < sum(sizes)).sum(0).max()))
-    generator = torch.Generator().manual_seed(record.facts.draw(record.number, record.times) % 2**63)
+    generator = torch.Generator().manual_seed(record.draw % 2**63)
     chosen = torch.rand(sum(sizes), generator=generator) < density
     points = [x.clone() for x in point.x]
     step_size = record.options.estimator.step_size

@@ -88,6 +88,11 @@ class Record:
         return self.flat.in_dims, self.flat.flags, tuple(self.needed)
 
     @property
+    def draw(self) -> int:
+        """What the random directions of the next gradient are drawn from."""
+        return self.facts.draw(self.number, self.times, self.options.rank)
+
+    @property
     def estimator(self) -> Estimator:
         """The estimator, with steps that were measured where they were to be."""
         facts = self.facts.estimators

@@ -300,8 +300,7 @@ def _moves(point: Point, group: Group) -> Iterator[Moves]:
     )
     record = point.record
     portion = max(1, min(_MOST_AT_A_TIME, _PORTION_BYTES // max(1, size_of(point.values))))
-    draw = record.facts.draw(record.number, record.times)
-    return record.estimator.plan(block, point.eps, portion, draw)
+    return record.estimator.plan(block, point.eps, portion, record.draw)
 
 
 class _Names(Sequence[str]):

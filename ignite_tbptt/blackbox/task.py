@@ -363,9 +363,19 @@ class EvaluationCount:
 
 def runs_elsewhere(executor: Any) -> bool:
     """Whether an executor may run calls at the same time, and not in the caller's thread alone."""
-    while (inside := getattr(executor, "executor", None)) is not None:  # of what packs, counts or takes rows apart
+    return _innermost(executor) is not map
+
+
+def alike_on_all_ranks(executor: Any) -> bool:
+    """Whether all ranks have to ask an executor for the same evaluations."""
+    return getattr(_innermost(executor), "alike_on_all_ranks", False)
+
+
+def _innermost(executor: Any) -> Any:
+    """Where calls run, below what packs, counts or takes rows apart."""
+    while (inside := getattr(executor, "executor", None)) is not None:
         executor = inside
-    return executor is not map
+    return executor
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -51,6 +51,7 @@ EXPORTED = [
     "MeasuredStep",
     "NoiseEstimate",
     "Orthogonal",
+    "OverRanks",
     "PerInputStep",
     "Rademacher",
     "RelativeStep",

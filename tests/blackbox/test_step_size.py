@@ -63,7 +63,12 @@ def test_slopes_are_over_the_step_that_rounding_left(stencil: Stencil, direction
     if isinstance(directions, Gaussian):
         d = next(
             directions.moves(
-                Block.of([x.detach()], [None], [0], [0], ["x"]), stencil, AbsoluteStep(1.0), 1.0, 9, f._facts.draw(1, 0)
+                Block.of([x.detach()], [None], [0], [0], ["x"]),
+                stencil,
+                AbsoluteStep(1.0),
+                1.0,
+                9,
+                f._facts.draw(1, 0, 0),
             )
         )
         slope = slope / d.drawn(0).square().item()  # type: ignore[attr-defined]
