@@ -20,6 +20,7 @@ import torch
 from ignite.engine import DeterministicEngine, Engine, Events
 from ignite.metrics import Loss, MeanSquaredError
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 import ignite_tbptt
 
@@ -43,6 +44,16 @@ class Double(torch.autograd.Function):
 def double() -> torch.Tensor:
     y: torch.Tensor = Double.apply(torch.ones(2, requires_grad=True))  # type: ignore[no-untyped-call]
     return y
+
+
+def below_the_transform(x: torch.Tensor) -> torch.Tensor:
+    """Tensors of torch.func.jvp hold numbers that numpy can read where they are unwrapped and its stack is cleared."""
+    plain = torch._C._functorch.get_unwrapped(x)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(x)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(plain)
+    with temporarily_clear_interpreter_stack():
+        assert (plain + 1).numpy().tolist() == [2.0, 2.0]
+    return x * 2
 
 
 def batched() -> bool:
@@ -103,7 +114,10 @@ CANARIES: dict[str, Callable[[], Any]] = {
     ),
     "_sequence_nr": lambda: product().grad_fn._sequence_nr() < product().grad_fn._sequence_nr(),  # type: ignore[union-attr]
     "_version": lambda: torch.zeros(1).add_(1)._version == 1,
-    "_functorch": lambda: torch._C._functorch.is_legacy_batchedtensor(torch.ones(1)) is False,
+    "_functorch": lambda: (
+        torch._C._functorch.is_legacy_batchedtensor(torch.ones(1)) is False
+        and torch.func.jvp(below_the_transform, (torch.ones(2),), (torch.ones(2),))[1].tolist() == [2.0, 2.0]
+    ),
     "_vmapmode_increment_nesting": batched,
     "_vmapmode_decrement_nesting": batched,
     "_add_batch_dim": batched,

@@ -23,6 +23,8 @@ from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, Steps, StepSize
 from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor, Result, SerialEvaluation, StackedEvaluation, Task
+from ignite_tbptt.blackbox.umbridge import blackbox_from_umbridge
+from ignite_tbptt.blackbox.umbridge_server import UmbridgeServer, serve_umbridge
 
 Evaluator = Executor
 
@@ -75,6 +77,7 @@ __all__ = [
     "StepSweep",
     "Steps",
     "Task",
+    "UmbridgeServer",
     "UntrustedGradientWarning",
     "Workers",
     "backward",
@@ -82,11 +85,13 @@ __all__ = [
     "bind",
     "blackbox",
     "blackbox_from_command",
+    "blackbox_from_umbridge",
     "central",
     "detect_sparsity",
     "estimate_noise",
     "find_graph_cuts",
     "forward",
+    "serve_umbridge",
     "step_sweep",
     "unbind",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 
 from ignite_tbptt.blackbox.errors import BlackboxError
@@ -19,7 +20,9 @@ from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.round import gradients, tangents
 from ignite_tbptt.random_streams import RandomStreams
 
-__all__ = ["called", "with_known_outputs"]
+__all__ = ["called", "refuse_second_derivatives", "with_known_outputs"]
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 # Which nodes the running backward will execute is known to torch alone; without it every call is a round by itself.
 _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
@@ -87,13 +90,7 @@ class _FiniteDifferences(torch.autograd.Function):
             )
         found = _gradients(record, cotangents)
         if torch.is_grad_enabled():
-            # create_graph=True: whoever differentiates these again is told, instead of getting a wrong number
-            live = [k for k, gradient in enumerate(found) if gradient is not None]
-            marked = _NoSecondDerivative.apply(  # type: ignore[no-untyped-call]
-                record.flat.label, len(live), *[found[k] for k in live], *tensors, *cotangents
-            )
-            for k, gradient in zip(live, marked, strict=True):
-                found[k] = gradient
+            found = refuse_second_derivatives(record.flat.label, found, [*tensors, *cotangents])
         return (None, None, *found)
 
     @staticmethod
@@ -101,8 +98,26 @@ class _FiniteDifferences(torch.autograd.Function):
         """Forward mode: one difference along the tangent."""
         call: Record = ctx.record
         call.needed = [tangent is not None for tangent in along]
-        found = tangents(call, along)
+        if torch._C._are_functorch_transforms_active():
+            # below torch.func.jvp, where tensors hold numbers that numpy can read
+            call.tensors = [_below(tensor, call.flat.label) for tensor in call.tensors]
+            along = tuple(None if t is None else _below(t, call.flat.label) for t in along)
+            with temporarily_clear_interpreter_stack():
+                found = tangents(call, along)
+        else:
+            found = tangents(call, along)
         return tuple(None if t is None else t.to(*kind) for t, kind in zip(found, ctx.kinds, strict=True))
+
+
+def _below(tensor: Tensor, label: str) -> Tensor:
+    """A tensor of torch.func.jvp without what the transform adds."""
+    plain: Tensor = torch._C._functorch.get_unwrapped(tensor) if _is_wrapped(tensor) else tensor
+    if _is_wrapped(plain):
+        raise BlackboxError(
+            f"torch.func.jvp of {label} inside another transform of torch.func: its tangent comes from one difference, "
+            "which other transforms cannot see; call torch.func.jvp by itself, once for each tangent"
+        )
+    return plain
 
 
 def _gradients(record: Record, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -174,6 +189,20 @@ def _remember(ctx: Any, record: Record, tensors: Sequence[Tensor], output: tuple
         ctx.mark_non_differentiable(*integers)
 
 
+def refuse_second_derivatives(
+    label: str, gradients: Sequence[Tensor | None], depend_on: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Under create_graph=True: whoever differentiates gradients again is told, instead of getting a wrong number."""
+    live = [k for k, gradient in enumerate(gradients) if gradient is not None]
+    marked = _NoSecondDerivative.apply(  # type: ignore[no-untyped-call]
+        label, len(live), *[gradients[k] for k in live], *depend_on
+    )
+    found = list(gradients)
+    for k, gradient in zip(live, marked, strict=True):
+        found[k] = gradient
+    return found
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(label: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -186,7 +215,7 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         raise BlackboxError(
-            f"second derivative of {ctx.label}: its gradient is made of finite differences, which are not "
-            "differentiated again; leave create_graph out, or detach the gradient before it enters a loss. For a "
-            "product of the Jacobian with a vector use torch.func.jvp, not torch.autograd.functional.jvp"
+            f"second derivative of {ctx.label}: its gradient is made of finite differences, or comes from elsewhere, "
+            "and is not differentiated again; leave create_graph out, or detach the gradient before it enters a loss. "
+            "For a product of the Jacobian with a vector use torch.func.jvp, not torch.autograd.functional.jvp"
         )

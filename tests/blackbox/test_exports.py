@@ -23,6 +23,7 @@ MODULES = [
     "stencil",
     "step_size",
     "sweep",
+    "umbridge_server",
 ]
 EXPORTED = [
     "SPSA",
@@ -63,6 +64,7 @@ EXPORTED = [
     "StepSweep",
     "Steps",
     "Task",
+    "UmbridgeServer",
     "UntrustedGradientWarning",
     "Workers",
     "backward",
@@ -70,11 +72,13 @@ EXPORTED = [
     "bind",
     "blackbox",
     "blackbox_from_command",
+    "blackbox_from_umbridge",
     "central",
     "detect_sparsity",
     "estimate_noise",
     "find_graph_cuts",
     "forward",
+    "serve_umbridge",
     "step_sweep",
     "unbind",
 ]

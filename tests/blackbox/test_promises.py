@@ -294,6 +294,22 @@ class TestOtherDerivatives:
         assert torch.allclose(dual.tangent, 3 * x**2 * along, rtol=1e-8)
         assert f.nfev == 4
 
+    def test_forward_mode_of_numpy_beside_inputs_without_a_tangent(self) -> None:
+        x, along, rate = torch.rand(3).double(), torch.rand(3).double(), torch.rand(2).double()
+        f: Any = blackbox(lambda x, rate: (np.sin(x) * rate[0], x.sum()), numpy=True)
+        value, tangent = torch.func.jvp(lambda x: f(x, rate), (x,), (along,))[:2]
+        assert torch.equal(value[0], x.sin() * rate[0])
+        assert torch.allclose(tangent[0], x.cos() * rate[0] * along, rtol=1e-8)
+        assert torch.allclose(tangent[1], along.sum(), rtol=1e-8)
+
+    def test_forward_mode_inside_other_transforms_is_refused(self) -> None:
+        """It would be told from one difference that there is no second derivative."""
+        x, along = torch.rand(2, 3).double(), torch.rand(3).double()
+        first: Any = lambda x: jvp(blackbox(cube), x, along)[1]  # noqa: E731
+        for transformed in (lambda: jvp(first, x[0], along), lambda: torch.vmap(first)(x)):
+            with pytest.raises(BlackboxError, match=r"torch\.func\.jvp of cube inside another transform"):
+                transformed()
+
     def test_forward_mode_on_inputs_of_any_scale(self) -> None:
         x = torch.tensor([300.0, 1e5, 0.2]).double()
         for along in torch.eye(3).double():
