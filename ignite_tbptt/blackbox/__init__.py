@@ -6,6 +6,7 @@ from typing import Any
 
 from ignite_tbptt.blackbox.coloring import Banded, banded, detect_sparsity
 from ignite_tbptt.blackbox.command import blackbox_from_command
+from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.cut_report import CutCall, CutKind, GraphCut, GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
@@ -16,9 +17,10 @@ from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
 from ignite_tbptt.blackbox.journal import Journaled
 from ignite_tbptt.blackbox.measured_step import MeasuredStep
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
-from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
+from ignite_tbptt.blackbox.moves import Directions
 from ignite_tbptt.blackbox.noise import NoiseEstimate, estimate_noise
 from ignite_tbptt.blackbox.over_ranks import OverRanks
+from ignite_tbptt.blackbox.random_directions import Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, PerInputStep, RelativeStep, Steps, StepSize
 from ignite_tbptt.blackbox.sweep import StepSweep, step_sweep

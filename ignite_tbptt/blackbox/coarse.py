@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.measuring import measure_steps
-from ignite_tbptt.blackbox.moves import Gaussian
 from ignite_tbptt.blackbox.point import Point, evaluate_at, key_of
+from ignite_tbptt.blackbox.random_directions import Gaussian
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import RelativeStep, unbounded
 from ignite_tbptt.warn import warn

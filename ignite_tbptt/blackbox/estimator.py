@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block
 from ignite_tbptt.blackbox.coloring import Sparsity
-from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Moves, Rademacher, all_finite, weighted
+from ignite_tbptt.blackbox.coordinates import Coordinates
+from ignite_tbptt.blackbox.moves import Directions, Moves, all_finite, weighted, wide
+from ignite_tbptt.blackbox.random_directions import Gaussian, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, require_positive
 
@@ -38,7 +40,7 @@ class Estimator:
     """How a gradient is estimated from values.
 
     Example:
-        >>> from ignite_tbptt.blackbox.moves import Orthogonal
+        >>> from ignite_tbptt.blackbox.random_directions import Orthogonal
         >>> from ignite_tbptt.blackbox.stencil import central
         >>> Estimator(central(order=4), Orthogonal(8)).stencil.offsets
         (-2, -1, 1, 2)
@@ -147,7 +149,7 @@ def quotients(
     for k, (value, y) in enumerate(zip(values, first, strict=True)):
         dim = None if dims is None else dims[k]
         # in double precision from here on: what is subtracted from these or multiplied with them is promoted
-        points = _wide(value).view((moves.count, offsets, *value.shape[1:]))
+        points = wide(value).view((moves.count, offsets, *value.shape[1:]))
         slope = weighted(points, y, weights).div_(_along(realised, dim, y.dim()))
         if not all_finite(slope):
             slope = _where_finite(moves, points, y, dim, slope)
@@ -180,7 +182,3 @@ def _along(realised: Tensor, dim: int | None, axes: int) -> Tensor:
     if dim is not None:
         shape[dim + 1] = realised.shape[1]
     return realised.view(shape)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.device.type == "mps" else tensor.double()

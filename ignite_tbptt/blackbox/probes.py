@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.coloring import Sparsity, coloring_of
+from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.flat import Outputs, same_bits
-from ignite_tbptt.blackbox.moves import Coordinates
 from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
 from ignite_tbptt.blackbox.record import Record
 

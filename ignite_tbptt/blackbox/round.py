@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
 from ignite_tbptt.blackbox.coarse import compare_steps
+from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
-from ignite_tbptt.blackbox.moves import Coordinates, Moves, all_finite
+from ignite_tbptt.blackbox.moves import Moves, all_finite
 from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
 from ignite_tbptt.blackbox.probes import verify
 from ignite_tbptt.blackbox.record import Record, autocast_off

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
-from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Orthogonal, Rademacher
+from ignite_tbptt.blackbox.moves import Directions
+from ignite_tbptt.blackbox.random_directions import Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
 from ignite_tbptt.blackbox.task import Executor, SerialEvaluation, StackedEvaluation
 

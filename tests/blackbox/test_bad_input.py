@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.function import blackbox
-from ignite_tbptt.blackbox.moves import Rademacher
+from ignite_tbptt.blackbox.random_directions import Rademacher
 from ignite_tbptt.blackbox.stencil import backward, central
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, RelativeStep
 from ignite_tbptt.blackbox.task import StackedEvaluation

@@ -11,7 +11,7 @@ from torch import Tensor
 from ignite_tbptt.blackbox.block import Rows
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, GaussianSmoothing
 from ignite_tbptt.blackbox.function import blackbox
-from ignite_tbptt.blackbox.moves import Orthogonal
+from ignite_tbptt.blackbox.random_directions import Orthogonal
 from ignite_tbptt.blackbox.stencil import central
 from ignite_tbptt.blackbox.step_size import AbsoluteStep
 from tests.blackbox.helpers import RANDOM_DIRECTIONS

@@ -23,7 +23,7 @@ from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator
 from ignite_tbptt.blackbox.function import blackbox
 from ignite_tbptt.blackbox.module import Blackbox, bind
-from ignite_tbptt.blackbox.moves import Orthogonal
+from ignite_tbptt.blackbox.random_directions import Orthogonal
 from ignite_tbptt.blackbox.stencil import central
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, RelativeStep
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block
+from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.function import blackbox
-from ignite_tbptt.blackbox.moves import Coordinates, Directions, Gaussian, Rademacher
+from ignite_tbptt.blackbox.moves import Directions
+from ignite_tbptt.blackbox.random_directions import Gaussian, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
 from ignite_tbptt.blackbox.step_size import (
     AbsoluteStep,
