@@ -13,6 +13,7 @@ from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference, GaussianSmoothing
 from ignite_tbptt.blackbox.executors import Workers
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
+from ignite_tbptt.blackbox.guided import GuidedDirections
 from ignite_tbptt.blackbox.handler import FiniteDifferenceGradients
 from ignite_tbptt.blackbox.journal import Journaled
 from ignite_tbptt.blackbox.measured_step import MeasuredStep
@@ -63,6 +64,7 @@ __all__ = [
     "GaussianSmoothing",
     "GraphCut",
     "GraphCutReport",
+    "GuidedDirections",
     "Journaled",
     "MeasuredStep",
     "NoiseEstimate",

@@ -68,6 +68,7 @@ class Block:
         members: the place of each among the arguments of the blackbox.
         positions: the place of each among the arguments that are differentiated.
         names: what the arguments of the blackbox are called in messages.
+        memory: gradients that earlier directions have left here, (rows, width) each, the last one first.
     """
 
     x: Tensor
@@ -75,17 +76,18 @@ class Block:
     members: Sequence[int]
     positions: Sequence[int]
     names: Sequence[str]
+    memory: list[Tensor] | None = None
 
     @classmethod
     def of(
         cls, tensors: Sequence[Tensor], dims: Sequence[int | None], members: Sequence[int], positions: Sequence[int],
-        names: Sequence[str],
+        names: Sequence[str], memory: list[Tensor] | None = None,
     ) -> Block:  # fmt: skip
         """A block of these tensors, whose rows are at these axes."""
         layouts = tuple(rows_of(tensor.shape, dim) for tensor, dim in zip(tensors, dims, strict=True))
         rows = [layout.split(tensor) for layout, tensor in zip(layouts, tensors, strict=True)]
         x = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        return cls(x, layouts, members, positions, names)
+        return cls(x, layouts, members, positions, names, memory)
 
     def apart(self, rows: Tensor) -> list[Tensor]:
         """(*leading, rows, width) -> (*leading, *shape) for each tensor."""

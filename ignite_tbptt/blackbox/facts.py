@@ -8,9 +8,11 @@ axes under which it was found. It is verified at the first gradient and again at
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
 from ignite_tbptt.random_streams import RandomStreams
@@ -50,6 +52,7 @@ class Facts:
         self.axes: tuple[Any, Any] = (None, None)
         self.out_axes: tuple[Any, Any] = (None, None)
         self._gradients: dict[Any, int] = {}
+        self._memories: dict[str, list[Tensor]] = {}
         self._number = 0
         # of blackboxes that are alive and called alike each draws directions of its own
         text = 0
@@ -67,11 +70,26 @@ class Facts:
         twin = object.__new__(Facts)
         vars(twin).update(vars(self), stackable=dict(self.stackable), told=set(self.told), calls={})
         twin._gradients = dict(self._gradients)
+        twin._memories = {key: list(memory) for key, memory in self._memories.items()}
         return twin
 
     def streams(self) -> RandomStreams:
         """Where the random streams stand, worked out in full for whoever may draw."""
         return RandomStreams.latest() if self.draws is False else RandomStreams.now()
+
+    def memory(self, positions: Sequence[int]) -> list[Tensor]:
+        """What directions remember of the differentiated inputs at some positions."""
+        return self._memories.setdefault(",".join(map(str, positions)), [])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the directions of the next gradients depend on."""
+        memories = {key: [tensor.clone() for tensor in memory] for key, memory in self._memories.items() if memory}
+        return {"calls": self._number, "memories": memories}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the directions where a state was taken."""
+        self._number = int(state["calls"])
+        self._memories = {key: [tensor.clone() for tensor in memory] for key, memory in state["memories"].items()}
 
     def next_number(self) -> int:
         """The number of a forward call, from which its random directions are drawn."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
@@ -65,6 +65,14 @@ class BlackboxFunction(Generic[P, R]):
     def report(self) -> str:
         """What gradients have cost, which steps were measured and what was verified, to be printed."""
         return report_of(self._label, self._options, self._facts, self.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the random directions of the next gradients depend on, for a checkpoint."""
+        return self._facts.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the directions where the state was taken."""
+        self._facts.load_state_dict(state_dict)
 
     @outside_compiled_code
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

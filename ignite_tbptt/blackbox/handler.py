@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +25,7 @@ from ignite_tbptt.blackbox.cut_report import GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts, is_compiled, unwrapped
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.executors import Pool
-from ignite_tbptt.blackbox.module import bind, bindings_of
+from ignite_tbptt.blackbox.module import Binding, bind, bindings_of
 from ignite_tbptt.blackbox.options import make_options
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 
@@ -118,6 +118,8 @@ class FiniteDifferenceGradients:
         self.report: GraphCutReport | None = None
         self.logger = setup_logger(__name__ + "." + self.__class__.__name__)
         self._removals: list[Callable[[], None]] = []
+        self._bindings: dict[str, Binding] = {}
+        self._states: dict[str, Any] = {}
         self._attached: dict[int, tuple[Engine, list[Any]]] = {}
         self._running: set[int] = set()
         self._began: dict[int, tuple[float, int, float]] = {}
@@ -136,6 +138,17 @@ class FiniteDifferenceGradients:
     def wall_seconds(self) -> float:
         """All that gradients have cost, what the evaluations are prepared and contracted with included."""
         return sum(count.wall_seconds for count in self.counts.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the random directions of the next gradients depend on, by module: for a checkpoint."""
+        return {**self._states, **{name: binding.state_dict() for name, binding in self._bindings.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the directions where the state was taken, now or when the run starts."""
+        self._states = dict(state_dict)
+        for name, binding in self._bindings.items():
+            if name in self._states:
+                binding.load_state_dict(self._states[name])
 
     def attach(self, engine: Engine) -> FiniteDifferenceGradients:
         """Swap gradients in whenever this engine runs; a second attach to the same engine changes nothing.
@@ -227,6 +240,8 @@ class FiniteDifferenceGradients:
     def _remove(self) -> None:
         if not self._removals:
             return
+        self._states = self.state_dict()
+        self._bindings = {}
         for remove in self._removals:
             remove()
         self._removals = []
@@ -239,6 +254,9 @@ class FiniteDifferenceGradients:
             name = self._told(path)
             count = self.counts.setdefault(name, EvaluationCount())
             self._removals.append(bind(module, name=name, count=count, **self._options))
+            self._bindings[name] = bindings_of(module)[0]
+            if name in self._states:
+                self._bindings[name].load_state_dict(self._states[name])
 
     def _told(self, path: str) -> str:
         return path or type(self._model).__name__

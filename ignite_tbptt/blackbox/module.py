@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ignite_tbptt import nest
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
+from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.executors import Pool
 from ignite_tbptt.blackbox.facts import Facts
@@ -34,6 +35,10 @@ from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Executor
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]
+
+
+# The entry of a Blackbox in the state_dict of a model, where its directions are random.
+_STATE = "directions"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +79,14 @@ class Binding:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the random directions of the next gradients depend on."""
+        return self._facts.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the directions where the state was taken."""
+        self._facts.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_begun": {}}
@@ -353,6 +366,17 @@ class Blackbox(nn.Module):
             flat = FlatCall(call_module, args, kwargs, label=type(self.module).__name__, captured=captured)
         self._facts.name_closed(flat.label, flat.closed)
         return called(Record(flat, self._options, self.count, self._facts))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not isinstance(self._options.estimator.directions, Coordinates):
+            destination[prefix + _STATE] = self._facts.state_dict()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state = state_dict.pop(prefix + _STATE, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if state is not None:
+            self._facts.load_state_dict(state)
 
     def extra_repr(self) -> str:
         """The function, where there is one, and the estimator."""

@@ -66,6 +66,9 @@ class Moves(ABC):
         """Slopes of <v, f> along each move, (count, rows); see `contract`."""
         return contract(slopes, cotangents, dims, broken)
 
+    def learn(self, gradient: Tensor) -> None:  # noqa: B027 - most directions remember nothing
+        """Remember a gradient of the block, (rows, width), where the next directions depend on it."""
+
     @abstractmethod
     def mirrored(self, chosen: Sequence[int]) -> Moves:
         """Some of the moves again, to the other side of x."""

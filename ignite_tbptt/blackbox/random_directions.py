@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,17 @@ from ignite_tbptt.blackbox.moves import Moves, wide_type
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, steps_around
 
-__all__ = ["Gaussian", "Orthogonal", "Rademacher", "RandomDirections", "RandomMoves", "generator_of"]
+__all__ = [
+    "Gaussian",
+    "Orthogonal",
+    "Rademacher",
+    "RandomDirections",
+    "RandomMoves",
+    "generator_of",
+    "portions",
+    "require_directions",
+    "sizes_of",
+]
 
 # Moves are made, and compared with what they came out as, so many bytes at a time.
 _POINTS_BYTES = 2**20
@@ -44,6 +54,10 @@ class RandomMoves(Moves):
     def count(self) -> int:
         """Number of moves."""
         return len(self.numbers)
+
+    def _share(self, number: int, slopes: Tensor) -> Tensor:
+        """How much of a direction goes into the gradient, (rows,)."""
+        return slopes / self.total
 
     def _displacement(self, move: int) -> Tensor:
         return self.drawn(self.numbers[move]).to(self.sizes).mul_(self.sizes)
@@ -81,7 +95,7 @@ class RandomMoves(Moves):
         """See `Moves.added`: the sum so far, since small tensors kept between large ones would break up the memory."""
         total = None if before is None else before[0]
         for number, slope in zip(self.numbers, slopes.unbind(0), strict=True):
-            share = (slope / self.total).to(_sum_type(self.sizes)).unsqueeze(-1)
+            share = self._share(number, slope).to(_sum_type(self.sizes)).unsqueeze(-1)
             more = self.drawn(number).to(share).mul_(share)
             total = more if total is None else total.add_(more)
         assert total is not None
@@ -96,8 +110,7 @@ class RandomMoves(Moves):
         """See `Moves.mirrored`."""
         numbers = [self.numbers[move] for move in chosen]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "moves are mirrored one by one"
-        whole = range(numbers[0], numbers[0] + len(numbers))
-        return RandomMoves(self.block, self.stencil.mirrored(), self.drawn, whole, self.sizes, self.total)
+        return replace(self, stencil=self.stencil.mirrored(), numbers=range(numbers[0], numbers[0] + len(numbers)))
 
     def describe(self, move: int, offset: int) -> str:
         """See `Moves.describe`."""
@@ -122,11 +135,7 @@ class RandomDirections(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise ValueError(
-                f"n must be a whole number of directions, at least 1, got {self.n!r}: without any there is no "
-                "gradient; give n=1 for the cheapest, or Coordinates() for an exact one"
-            )
+        require_directions("n", self.n)
 
     @abstractmethod
     def _drawn(self, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[int, Callable[[int], Tensor]]:
@@ -141,32 +150,42 @@ class RandomDirections(ABC):
         """See `Directions.moves`."""
         rows, width = block.x.shape
         total, drawn = self._drawn(rows, width, block.x.dtype, (self.seed * 0x9E3779B97F4A7C15 + draw) % 2**63)
-        sizes = self._sizes(block, stencil, step_size, eps, total, drawn)
-        # unlike those of coordinates, moves are as large as the points themselves
-        points = min(points, _POINTS_BYTES // block.x.nbytes)
-        some = max(1, points // len(stencil.evaluated))
-        for start in range(0, total, some):
-            yield RandomMoves(block, stencil, drawn, range(start, min(start + some, total)), sizes, total)
+        sizes = sizes_of(block, step_size, stencil, eps, total, drawn)
+        for numbers in portions(block, stencil, points, total):
+            yield RandomMoves(block, stencil, drawn, numbers, sizes, total)
 
-    def _sizes(
-        self,
-        block: Block,
-        stencil: Stencil,
-        step_size: StepSize,
-        eps: float,
-        total: int,
-        drawn: Callable[[int], Tensor],
-    ) -> Tensor:
-        """The step of every element; where there are bounds, short enough for the longest of all directions."""
-        if isinstance(step_size, (AbsoluteStep, RelativeStep)):
-            return block.steps(step_size, stencil, eps).sizes
-        scale = max(float(drawn(number).abs().max()) for number in range(total))
-        return block.together(
-            [
-                steps_around(step_size, x, stencil, eps, scale, position)
-                for x, position in zip(block.apart(block.x), block.positions, strict=True)
-            ]
+
+def require_directions(name: str, n: int) -> None:
+    """Refuse what is no number of directions."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(
+            f"{name} must be a whole number of directions, at least 1, got {n!r}: without any there is no gradient; "
+            f"give {name}=1 for the cheapest, or Coordinates() for an exact one"
         )
+
+
+def portions(block: Block, stencil: Stencil, points: int, total: int) -> Iterator[range]:
+    """The numbers of directions, so many at a time as `points` evaluations allow, and memory."""
+    # unlike those of coordinates, moves are as large as the points themselves
+    points = min(points, _POINTS_BYTES // block.x.nbytes)
+    some = max(1, points // len(stencil.evaluated))
+    for start in range(0, total, some):
+        yield range(start, min(start + some, total))
+
+
+def sizes_of(
+    block: Block, step_size: StepSize, stencil: Stencil, eps: float, total: int, drawn: Callable[[int], Tensor]
+) -> Tensor:
+    """The step of every element; where there are bounds, short enough for the longest of all directions."""
+    if isinstance(step_size, (AbsoluteStep, RelativeStep)):
+        return block.steps(step_size, stencil, eps).sizes
+    scale = max(float(drawn(number).abs().max()) for number in range(total))
+    return block.together(
+        [
+            steps_around(step_size, x, stencil, eps, scale, position)
+            for x, position in zip(block.apart(block.x), block.positions, strict=True)
+        ]
+    )
 
 
 def generator_of(seed: int, number: int) -> torch.Generator:

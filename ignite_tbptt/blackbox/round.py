@@ -296,10 +296,15 @@ def _groups(point: Point) -> tuple[Group, ...]:
 
 
 def _moves(point: Point, group: Group) -> Iterator[Moves]:
-    block = Block.of(
-        [point.x[k] for k in group.members], group.dims, group.members, group.positions, _Names(point.flat.name)
-    )
     record = point.record
+    block = Block.of(
+        [point.x[k] for k in group.members],
+        group.dims,
+        group.members,
+        group.positions,
+        _Names(point.flat.name),
+        record.facts.memory(group.positions),
+    )
     portion = max(1, min(_MOST_AT_A_TIME, _PORTION_BYTES // max(1, size_of(point.values))))
     return record.estimator.plan(block, point.eps, portion, record.draw)
 
@@ -382,7 +387,9 @@ def _contracted_once(record: Record, held: _Held, slopes: Any, cotangents: Cotan
                 rows = dims if group.rows_move else None
                 total = moves.added(moves.contracted(outputs, v, rows, slope.broken), total)
             if moves is not None:
-                _put(found, tensors, group, moves.gradient(total))
+                gradient = moves.gradient(total)
+                moves.learn(gradient)
+                _put(found, tensors, group, gradient)
     for k, need in enumerate(record.needed):
         if need and found[k] is None:
             found[k] = torch.zeros_like(tensors[k])

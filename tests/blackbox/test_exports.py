@@ -48,6 +48,7 @@ EXPORTED = [
     "GaussianSmoothing",
     "GraphCut",
     "GraphCutReport",
+    "GuidedDirections",
     "Journaled",
     "MeasuredStep",
     "NoiseEstimate",
