@@ -30,6 +30,7 @@ from ignite_tbptt.blackbox import (
     ForwardDifference,
     MeasuredStep,
     blackbox,
+    central,
     estimate_noise,
     step_sweep,
 )
@@ -218,8 +219,8 @@ def draw(path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = sweep.plot(figure.subplots())
     _, f, _ = gradient(fn, 1.1, estimator=CentralDifference(step_size=MeasuredStep()))
-    (kept,) = f._facts.estimators.values()
-    h = float(kept.step_size.each(x, kept.stencil, 2.0**-52).sizes)
+    (kept,) = f._facts.step_sizes.values()
+    h = float(kept.each(x, central(), 2.0**-52).sizes)
     axes.axvline(h, color="tab:red", label=f"measured {h:.2g}")
     axes.axvline(2.0**-17, color="tab:green", linestyle=":", label="default of float64")
     axes.set(title="A program that prints four decimals")

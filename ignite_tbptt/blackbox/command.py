@@ -32,7 +32,7 @@ def blackbox_from_command(
     *,
     stdin: Literal["arguments", "json"] = "arguments",
     timeout: float | None = None,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Literal["auto"] | None = None,
     executor: Executor | Pool | None = None,
     in_dims: Any = None,
     repeatable: bool = True,

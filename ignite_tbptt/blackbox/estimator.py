@@ -11,8 +11,9 @@ any step size; the named estimators only fill the slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,16 @@ class Estimator:
     def plan(self, block: Block, eps: float, points: int, draw: int) -> Iterator[Moves]:
         """Yield all moves of a block, in portions of about `points` evaluations; see `Directions.moves`."""
         return self.directions.moves(block, self.stencil, self.step_size, eps, points, draw)
+
+    def suited(self, label: str, columns: Callable[[], int], told: set[Any]) -> Estimator:
+        """The estimator to be used for some inputs: itself, unless it is one that chooses.
+
+        Args:
+            label: what the function is called.
+            columns: gives how many columns, or elements, are to be moved.
+            told: what was logged already.
+        """
+        return self
 
 
 def ForwardDifference(  # noqa: N802 - reads as a kind of estimator

@@ -33,7 +33,8 @@ class Facts:
         stackable: whether the rows of several points may share a call, by key.
         told: warnings that were given.
         calls: nodes of forward calls whose graph is alive, by number.
-        estimators: the estimator with steps that were measured, by the inputs that they belong to.
+        step_sizes: steps that were measured, by the inputs that they belong to.
+        suited: the estimator of the last gradient.
         measurements: what was measured for them.
         axes: the batch axes of the arguments of the last call, and its shapes.
         out_axes: likewise of its outputs.
@@ -46,7 +47,8 @@ class Facts:
         self.told: set[Any] = set()
         self.calls: dict[int, Any] = {}
         self.draws: bool | None = None
-        self.estimators: dict[Any, Any] = {}
+        self.step_sizes: dict[Any, Any] = {}
+        self.suited: Any = None
         self.measurements: dict[Any, Any] = {}
         self.measures = False
         self.axes: tuple[Any, Any] = (None, None)

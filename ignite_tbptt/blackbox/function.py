@@ -10,7 +10,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import nn
@@ -104,7 +104,7 @@ class BlackboxFunction(Generic[P, R]):
 def blackbox(
     fn: None = None,
     *,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Literal["auto"] | None = None,
     executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
@@ -122,7 +122,7 @@ def blackbox(
 def blackbox(  # type: ignore[overload-overlap]
     fn: nn.Module,
     *,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Literal["auto"] | None = None,
     executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
@@ -140,7 +140,7 @@ def blackbox(  # type: ignore[overload-overlap]
 def blackbox(
     fn: Callable[P, R],
     *,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Literal["auto"] | None = None,
     executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
@@ -157,7 +157,7 @@ def blackbox(
 def blackbox(
     fn: Callable[..., Any] | None = None,
     *,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Literal["auto"] | None = None,
     executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
@@ -196,7 +196,9 @@ def blackbox(
     Args:
         fn: function of tensors, or of numpy arrays; a module is handed to `Blackbox`. Left out, `blackbox` returns a
             decorator.
-        estimator: how the gradient is estimated; ``CentralDifference()`` by default.
+        estimator: how the gradient is estimated; ``CentralDifference()`` by default. "auto" takes it where that costs
+            1,000 evaluations or less, and 64 `GuidedDirections` beyond, and logs which; where the pattern of a sparse
+            Jacobian is known, give ``CentralDifference(sparsity=...)``.
         executor: where the evaluations run: a pool of ``concurrent.futures``, `Workers` around one for time-outs and
             retries, or anything that is called as the builtin ``map`` is. One after the other by default, and several
             in a call where in_dims allow it; `SerialEvaluation` and `StackedEvaluation` choose one of these.

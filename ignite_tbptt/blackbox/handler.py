@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from ignite.engine import Engine, Events
@@ -67,7 +67,7 @@ class FiniteDifferenceGradients:
         model: the model, bare or wrapped in DistributedDataParallel, DataParallel or ``torch.compile``.
         modules: names as in ``model.named_modules()`` (of the model inside its wrapper), module classes, or modules
             themselves, one or several; None to find them. A module inside another chosen one is covered by it.
-        estimator: how gradients are estimated; central differences by default.
+        estimator: how gradients are estimated; central differences by default, "auto" as in `blackbox`.
         executor: where the evaluations run, as in `blackbox`.
         in_dims: the batch axis of each positional argument of the chosen modules whose rows are independent, as in
             `blackbox`: a column of rows then costs no more than one element. Modules that differ in this need a handler
@@ -91,7 +91,7 @@ class FiniteDifferenceGradients:
         model: nn.Module,
         modules: ModuleChoice | Iterable[ModuleChoice] | None = None,
         *,
-        estimator: Estimator | None = None,
+        estimator: Estimator | Literal["auto"] | None = None,
         executor: Executor | Pool | None = None,
         in_dims: Any = None,
         out_dims: int | Sequence[int | None] | None = 0,

@@ -50,10 +50,10 @@ def measure_steps(record: Record, again: bool) -> None:
         record: the call.
         again: whether steps that are known are to be looked at again.
     """
-    estimator, facts, key = record.options.estimator, record.facts, record.inputs_key
+    estimator, facts, key = record.asked, record.facts, record.inputs_key
     if facts.measures:
         estimator = replace(estimator, step_size=MeasuredStep())
-    if not asks_for_measuring(estimator.step_size) or (key in facts.estimators and not again):
+    if not asks_for_measuring(estimator.step_size) or (key in facts.step_sizes and not again):
         return
     point = Point([record])
     if not point.floats:
@@ -66,7 +66,7 @@ def measure_steps(record: Record, again: bool) -> None:
         if isinstance(step, MeasuredStep) and point.x[k].numel():
             found[position] = _measured(point, k, position, step, before.get(position))
     steps = tuple(_resolved(estimator.step_size, position, found) for position in range(len(positions)))
-    facts.estimators[key] = replace(estimator, step_size=PerInputStep(steps))
+    facts.step_sizes[key] = PerInputStep(steps)
     facts.measurements[key] = found
 
 
@@ -99,7 +99,7 @@ def _resolved(step_size: StepSize, position: int, found: dict[int, Measurement])
 
 
 def _measured(point: Point, k: int, position: int, step: MeasuredStep, before: Measurement | None) -> Measurement:
-    stencil = point.record.options.estimator.stencil
+    stencil = point.record.asked.stencil
     if before is not None:
         line = _Line(point, k, position, before.column)
         if still_suits(line, stencil, before.step):
@@ -144,7 +144,7 @@ class _Line:
         rows = self._layout.split(points[k]).clone()
         rows[:, self._column] += distance
         points[k] = self._layout.join(rows).contiguous()
-        if not torch.equal(point.record.options.estimator.step_size.inside(points[k], self._position), points[k]):
+        if not torch.equal(point.record.asked.step_size.inside(points[k], self._position), points[k]):
             return math.nan  # out of bounds
         try:
             found = evaluate_at(point.record, points, f"{point.flat.name(k)} moved, to measure a step", 1, point)

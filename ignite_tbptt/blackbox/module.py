@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ def bind(
     module: nn.Module,
     *,
     name: str | None = None,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Literal["auto"] | None = None,
     executor: Executor | Pool | None = None,
     in_dims: Any = None,
     out_dims: int | Sequence[int | None] | None = 0,
@@ -206,7 +206,7 @@ def bind(
     Args:
         module: any module that runs in Python.
         name: what to call it in messages; its class by default.
-        estimator: how the gradient is estimated; central differences by default.
+        estimator: how the gradient is estimated; central differences by default, "auto" as in `blackbox`.
         executor: where the evaluations run, as in `blackbox`.
         in_dims: the batch axis of each positional argument whose rows are independent, as in `blackbox`; parameters are
             shared by all rows.
@@ -286,7 +286,7 @@ class Blackbox(nn.Module):
 
     Args:
         module_or_fn: an nn.Module, or a function of tensors.
-        estimator: how the gradient is estimated; central differences by default.
+        estimator: how the gradient is estimated; central differences by default, "auto" as in `blackbox`.
         executor: where the evaluations run, as in `blackbox`.
         in_dims: the batch axis of each positional argument whose rows are independent, as in `blackbox`.
         out_dims: the batch axis of the outputs, where in_dims is given.
@@ -307,7 +307,7 @@ class Blackbox(nn.Module):
         self,
         module_or_fn: Callable[..., Any],
         *,
-        estimator: Estimator | None = None,
+        estimator: Estimator | Literal["auto"] | None = None,
         executor: Executor | Pool | None = None,
         in_dims: Any = None,
         out_dims: int | Sequence[int | None] | None = 0,
@@ -369,8 +369,9 @@ class Blackbox(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not isinstance(self._options.estimator.directions, Coordinates):
-            destination[prefix + _STATE] = self._facts.state_dict()
+        state = self._facts.state_dict()
+        if state["memories"] or not isinstance(self._options.estimator.directions, Coordinates):
+            destination[prefix + _STATE] = state
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state = state_dict.pop(prefix + _STATE, None)

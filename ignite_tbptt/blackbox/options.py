@@ -6,11 +6,12 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 
+from ignite_tbptt.blackbox.auto import AutoEstimator
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.executors import Pool, Workers
 from ignite_tbptt.blackbox.progress import Progress
@@ -42,7 +43,7 @@ class Options:
     numpy: bool
     repeatable: bool
     is_default: bool = False
-    """Whether no estimator was given, so that the step is measured where the default one does not suit."""
+    """Whether no step was asked for, so that the step is measured where the default one does not suit."""
     vectorized: bool = True
     shown: contextlib.AbstractContextManager[None] = _NOT_SHOWN
     """Told when a gradient begins and ends."""
@@ -78,7 +79,7 @@ def _on_pool(executor: Any) -> Any:
 
 
 def make_options(
-    estimator: Estimator | None,
+    estimator: Estimator | Literal["auto"] | None,
     executor: Executor | Pool | None,
     in_dims: Any,
     out_dims: int | Sequence[int | None] | None,
@@ -100,6 +101,13 @@ def make_options(
         executor = evaluator if executor is None else executor
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a torch dtype of floating point, got {dtype!r}: differences need small steps")
+    is_default = estimator is None or estimator == "auto"
+    if isinstance(estimator, str):
+        if estimator != "auto":
+            raise ValueError(
+                f'estimator must be an Estimator or "auto", got {estimator!r}: make one, CentralDifference() say'
+            )
+        estimator = AutoEstimator()
     if estimator is not None and (isinstance(estimator, type) or not hasattr(estimator, "plan")):
         raise TypeError(
             f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
@@ -133,7 +141,7 @@ def make_options(
         dtype,
         numpy,
         repeatable,
-        estimator is None,
+        is_default,
         vectorized,
         shown,
     )

@@ -52,7 +52,7 @@ def _ask(point: Point, first: bool) -> None:
         _rows(point)
     elif first and point.floats:
         _look_for_rows(point)
-    sparsity = getattr(record.options.estimator.directions, "sparsity", None)
+    sparsity = getattr(record.asked.directions, "sparsity", None)
     if sparsity is not None and point.floats:
         _pattern(point, sparsity)
 
@@ -129,7 +129,7 @@ def _pattern(point: Point, sparsity: Sparsity) -> None:
     generator = torch.Generator().manual_seed(record.draw % 2**63)
     chosen = torch.rand(sum(sizes), generator=generator) < density
     points = [x.clone() for x in point.x]
-    step_size = record.options.estimator.step_size
+    step_size = record.asked.step_size
     for position, (k, part) in enumerate(zip(moved, chosen.split(sizes), strict=True)):
         x = points[k]
         shift = (point.eps**0.5 * x.abs().clamp(min=1.0)) * part.view(x.shape).to(x)
@@ -156,12 +156,12 @@ def _look_for_rows(point: Point) -> None:
     moved = sum(point.x[k].numel() for k in inputs if record.needed[k])
     rows = sizes.pop() if len(sizes) == 1 else 0
     shared = sum(point.x[k].numel() for k in parameters if record.needed[k])
-    if rows < 2 or not isinstance(record.options.estimator.directions, Coordinates) or moved <= shared / 2:
+    if rows < 2 or not isinstance(record.asked.directions, Coordinates) or moved <= shared / 2:
         return
     points = [x.clone() for x in point.x]
     for k in inputs:
         points[k][0] += points[k][0].abs().clamp(min=1.0) * point.eps**0.5
-        points[k] = record.options.estimator.step_size.inside(points[k], sum(record.needed[:k]))
+        points[k] = record.asked.step_size.inside(points[k], sum(record.needed[:k]))
     try:
         out = evaluate_at(record, points, "row 0 moved, to see whether others notice", 1, point).tensors
     except BlackboxError:
@@ -177,7 +177,7 @@ def _look_for_rows(point: Point) -> None:
 def _with_rows_moved(point: Point, what: str, which: slice) -> list[Tensor]:
     """The inputs with other values in some rows, inside the bounds: those of other rows, moved a little."""
     moved = [x.clone() for x in point.x]
-    step_size = point.record.options.estimator.step_size
+    step_size = point.record.asked.step_size
     position = -1
     for k, (dim, need) in enumerate(zip(point.flat.in_dims or (), point.record.needed, strict=True)):
         position += need

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,12 +93,29 @@ class Record:
         """What the random directions of the next gradient are drawn from."""
         return self.facts.draw(self.number, self.times, self.options.rank)
 
+    @functools.cached_property
+    def asked(self) -> Estimator:
+        """The estimator that was asked for, or that "auto" stands for with these inputs."""
+        found = self.options.estimator.suited(self.flat.label, lambda: self.columns, self.facts.told)
+        self.facts.suited = found
+        return found
+
+    @property
+    def columns(self) -> int:
+        """How many elements are differentiated, each column of independent rows counted once."""
+        dims = self.flat.in_dims or [None] * len(self.tensors)
+        return sum(
+            tensor.numel() // (1 if dim is None else max(1, tensor.shape[dim]))
+            for tensor, need, dim in zip(self.tensors, self.needed, dims, strict=True)
+            if need
+        )
+
     @property
     def estimator(self) -> Estimator:
         """The estimator, with steps that were measured where they were to be."""
-        facts = self.facts.estimators
-        found: Estimator = facts.get(self.inputs_key, self.options.estimator) if facts else self.options.estimator
-        return found
+        measured = self.facts.step_sizes
+        found = measured.get(self.inputs_key) if measured else None
+        return self.asked if found is None else replace(self.asked, step_size=found)
 
     def _drew(self, streams: RandomStreams, draws: bool) -> None:
         """Hold the streams as they were before an evaluation, and whether it drew from them."""

@@ -11,7 +11,7 @@ __all__ = ["report_of"]
 
 def report_of(label: str, options: Options, facts: Facts, count: EvaluationCount) -> str:
     """Return what gradients have cost, which steps were measured, what was verified and what was warned of."""
-    estimator = options.estimator
+    estimator = facts.suited or options.estimator
     lines = [
         f"{label}, by {type(estimator.directions).__name__} and a formula of order {estimator.stencil.order}",
         f"  cost: {count.nfev} evaluations in {count.calls} calls for {count.gradients} gradients, {count.probes} to "

@@ -215,7 +215,7 @@ def _by_record(point: Point, slopes: Sequence[tuple[Group, list[_Slopes]]]) -> l
 def _side_by_side(record: Record, others: Sequence[Record]) -> list[Record]:
     """The records whose evaluations go out together to the workers of a pool, within the budget."""
     options = record.options
-    if not runs_elsewhere(options.executor) or not isinstance(options.estimator.directions, Coordinates):
+    if not runs_elsewhere(options.executor) or not isinstance(record.asked.directions, Coordinates):
         return [record]
     together, room = [record], HELD_BYTES - _held_size(record)
     for other in others:
@@ -237,9 +237,7 @@ def _merged(record: Record, others: Sequence[Record]) -> list[Record]:
     options, flat = record.options, record.flat
     if isinstance(options.executor, SerialEvaluation) or record.draws or flat.in_dims is None:
         return [record]
-    if not record.facts.stackable.get(key_of(record), False) or not isinstance(
-        options.estimator.directions, Coordinates
-    ):
+    if not record.facts.stackable.get(key_of(record), False) or not isinstance(record.asked.directions, Coordinates):
         return [record]
     key = flat.key
     if key is None or any(t.numel() == 0 for t in record.tensors):
@@ -278,12 +276,7 @@ def _fits(record: Record, other: Record) -> bool:
 
 def _held_size(record: Record) -> int:
     """Bytes of the slopes of all outputs of a record."""
-    directions = 0
-    in_dims = record.flat.in_dims or [None] * len(record.tensors)
-    for tensor, need, dim in zip(record.tensors, record.needed, in_dims, strict=True):
-        if need:
-            directions += tensor.numel() // (1 if dim is None else max(1, tensor.shape[dim]))
-    return directions * 8 * sum(tensor.numel() for tensor in record.outputs.tensors)
+    return record.columns * 8 * sum(tensor.numel() for tensor in record.outputs.tensors)
 
 
 def _groups(point: Point) -> tuple[Group, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import Executor as Pool
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def blackbox_from_umbridge(
     config: dict[str, Any] | None = None,
     *,
     timeout: float | None = None,
-    estimator: Estimator | None = None,
+    estimator: Estimator | Literal["auto"] | None = None,
     executor: Executor | Pool | None = None,
     repeatable: bool = True,
 ) -> Callable[..., Any]:

@@ -247,7 +247,7 @@ def test_on_smooth_functions_the_default_measures_nothing() -> None:
     f = blackbox(np.sin, numpy=True)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).requires_grad_()
     f(x).sum().backward()  # type: ignore[arg-type]
-    assert not f._facts.estimators
+    assert not f._facts.step_sizes
     assert f.nfev == 18
     assert (x.grad - x.cos()).abs().max() <= 1e-9  # type: ignore[operator]
 
