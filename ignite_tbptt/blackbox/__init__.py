@@ -4,6 +4,7 @@ import sys
 import types
 from typing import Any
 
+from ignite_tbptt.blackbox.certificate import Certificate
 from ignite_tbptt.blackbox.coloring import Banded, banded, detect_sparsity
 from ignite_tbptt.blackbox.command import blackbox_from_command
 from ignite_tbptt.blackbox.coordinates import Coordinates
@@ -20,6 +21,7 @@ from ignite_tbptt.blackbox.measured_step import MeasuredStep
 from ignite_tbptt.blackbox.module import Blackbox, bind, unbind
 from ignite_tbptt.blackbox.moves import Directions
 from ignite_tbptt.blackbox.noise import NoiseEstimate, estimate_noise
+from ignite_tbptt.blackbox.options import Certify
 from ignite_tbptt.blackbox.over_ranks import OverRanks
 from ignite_tbptt.blackbox.random_directions import Gaussian, Orthogonal, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, backward, central, forward
@@ -50,6 +52,8 @@ __all__ = [
     "BlackboxFunction",
     "BoundedStep",
     "CentralDifference",
+    "Certificate",
+    "Certify",
     "Coordinates",
     "CutCall",
     "CutKind",

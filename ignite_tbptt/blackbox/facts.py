@@ -39,6 +39,8 @@ class Facts:
         axes: the batch axes of the arguments of the last call, and its shapes.
         out_axes: likewise of its outputs.
         measures: whether steps are measured though nobody asked for it, because the default one does not suit.
+        certificate: of the last gradient that was certified.
+        certified: how many gradients there were, where some are certified.
         draws: whether some evaluation drew random numbers; None before the first.
     """
 
@@ -47,6 +49,8 @@ class Facts:
         self.told: set[Any] = set()
         self.calls: dict[int, Any] = {}
         self.draws: bool | None = None
+        self.certificate: Any = None
+        self.certified = 0
         self.step_sizes: dict[Any, Any] = {}
         self.suited: Any = None
         self.measurements: dict[Any, Any] = {}
@@ -92,6 +96,11 @@ class Facts:
         """Go on with the directions where a state was taken."""
         self._number = int(state["calls"])
         self._memories = {key: [tensor.clone() for tensor in memory] for key, memory in state["memories"].items()}
+
+    def certificate_due(self, every: int) -> bool:
+        """Count gradients; whether this one is certified, as the first is."""
+        self.certified += 1
+        return (self.certified - 1) % every == 0
 
     def next_number(self) -> int:
         """The number of a forward call, from which its random directions are drawn."""

@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 import torch
 from torch import nn
 
+from ignite_tbptt.blackbox.certificate import Certificate
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.executors import Pool
@@ -22,7 +23,7 @@ from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import FlatCall, name_of
 from ignite_tbptt.blackbox.module import Blackbox
 from ignite_tbptt.blackbox.node import called
-from ignite_tbptt.blackbox.options import Options, make_options
+from ignite_tbptt.blackbox.options import Certify, Options, make_options
 from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.report import report_of
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
@@ -61,6 +62,12 @@ class BlackboxFunction(Generic[P, R]):
     def seconds(self) -> float:
         """Time spent in those evaluations."""
         return self.count.seconds
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """How far off the last gradient was that was certified."""
+        found: Certificate | None = self._facts.certificate
+        return found
 
     def report(self) -> str:
         """What gradients have cost, which steps were measured and what was verified, to be printed."""
@@ -113,6 +120,7 @@ def blackbox(
     repeatable: bool = True,
     vectorized: bool = True,
     progress: bool = False,
+    certify: int | Certify | None = None,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Callable[[Callable[P, R]], BlackboxFunction[P, R]]: ...
@@ -131,6 +139,7 @@ def blackbox(  # type: ignore[overload-overlap]
     repeatable: bool = True,
     vectorized: bool = True,
     progress: bool = False,
+    certify: int | Certify | None = None,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Blackbox: ...
@@ -149,6 +158,7 @@ def blackbox(
     repeatable: bool = True,
     vectorized: bool = True,
     progress: bool = False,
+    certify: int | Certify | None = None,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> BlackboxFunction[P, R]: ...
@@ -166,6 +176,7 @@ def blackbox(
     repeatable: bool = True,
     vectorized: bool = True,
     progress: bool = False,
+    certify: int | Certify | None = None,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Any:
@@ -217,6 +228,8 @@ def blackbox(
             by the executor, and the outputs are stacked along out_dims.
         progress: show how many evaluations are done, and how many a second, where a gradient takes longer than 2 s. It
             is drawn by tqdm, in terminals alone.
+        certify: an estimate of its own error for the first of every so many gradients, 10 say, at about a tenth more
+            evaluations: ``certificate`` has the last one. ``Certify(10, tolerance=0.1)`` warns where it is too large.
         count: where evaluations are counted; a new one by default.
         evaluator: the old name of `executor`.
 
@@ -242,6 +255,7 @@ def blackbox(
             repeatable=repeatable,
             vectorized=vectorized,
             progress=progress,
+            certify=certify,
             count=count,
             evaluator=evaluator,
         )
@@ -261,10 +275,11 @@ def blackbox(
             repeatable=repeatable,
             vectorized=vectorized,
             progress=progress,
+            certify=certify,
             count=count,
             evaluator=evaluator,
         )
     options = make_options(
-        estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized, progress
+        estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized, progress, certify
     )
     return BlackboxFunction(fn, options, EvaluationCount() if count is None else count)

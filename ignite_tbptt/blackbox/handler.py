@@ -17,16 +17,19 @@ from typing import Any, Literal
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.engine.events import RemovableEventHandle
 from ignite.utils import setup_logger
 from torch import nn
 
+from ignite_tbptt.blackbox.certificate import Certificate
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.cut_report import GraphCutReport
 from ignite_tbptt.blackbox.cuts import find_graph_cuts, is_compiled, unwrapped
 from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.executors import Pool
 from ignite_tbptt.blackbox.module import Binding, bind, bindings_of
-from ignite_tbptt.blackbox.options import make_options
+from ignite_tbptt.blackbox.options import Certify, make_options
+from ignite_tbptt.blackbox.step_size import require_positive
 from ignite_tbptt.blackbox.task import EvaluationCount, Executor
 
 __all__ = ["FiniteDifferenceGradients", "ModuleChoice"]
@@ -75,6 +78,8 @@ class FiniteDifferenceGradients:
         out_dims: the batch axis of their outputs, where in_dims is given.
         repeatable: False for modules that are noisy by nature, as in `blackbox`.
         progress: show a bar of evaluations where a gradient takes longer than 2 s, as in `blackbox`.
+        certify: estimate the error of some gradients, as in `blackbox`; of each module in `certificates`, and the
+            largest on ``engine.state.gradient_error``. See `withhold_steps`.
         evaluator: the old name of `executor`.
 
     Attributes:
@@ -97,6 +102,7 @@ class FiniteDifferenceGradients:
         out_dims: int | Sequence[int | None] | None = 0,
         repeatable: bool = True,
         progress: bool = False,
+        certify: int | Certify | None = None,
         evaluator: Executor | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -105,7 +111,19 @@ class FiniteDifferenceGradients:
         self._wrapped = model
         self._model: nn.Module = unwrapped(model)
         self._chosen = None if modules is None else _chosen(self._model, modules)
-        make_options(estimator, executor, in_dims, out_dims, None, False, repeatable, evaluator, 2, progress=progress)
+        make_options(
+            estimator,
+            executor,
+            in_dims,
+            out_dims,
+            None,
+            False,
+            repeatable,
+            evaluator,
+            2,
+            progress=progress,
+            certify=certify,
+        )
         self._options: dict[str, Any] = {
             "estimator": estimator,
             "executor": evaluator if executor is None else executor,
@@ -113,6 +131,7 @@ class FiniteDifferenceGradients:
             "out_dims": out_dims,
             "repeatable": repeatable,
             "progress": progress,
+            "certify": certify,
         }
         self.counts: dict[str, EvaluationCount] = {}
         self.report: GraphCutReport | None = None
@@ -120,6 +139,7 @@ class FiniteDifferenceGradients:
         self._removals: list[Callable[[], None]] = []
         self._bindings: dict[str, Binding] = {}
         self._states: dict[str, Any] = {}
+        self._certificates: dict[str, Certificate] = {}
         self._attached: dict[int, tuple[Engine, list[Any]]] = {}
         self._running: set[int] = set()
         self._began: dict[int, tuple[float, int, float]] = {}
@@ -149,6 +169,56 @@ class FiniteDifferenceGradients:
         for name, binding in self._bindings.items():
             if name in self._states:
                 binding.load_state_dict(self._states[name])
+
+    @property
+    def certificates(self) -> dict[str, Certificate]:
+        """How far off the last gradient of each module was that was certified, by name."""
+        self._certificates.update(
+            {name: made for name, binding in self._bindings.items() if (made := binding.certificate) is not None}
+        )
+        return dict(self._certificates)
+
+    def withhold_steps(
+        self, engine: Engine, event: Any, optimizer: torch.optim.Optimizer, above: float
+    ) -> RemovableEventHandle:
+        """Leave an optimizer step out where a new certificate says that a gradient is too far off.
+
+        At the event, which comes between backward and step, the gradients are set to None, so that the optimizer passes
+        over its parameters. Not with a GradScaler, which refuses a step without gradients.
+
+        Example::
+
+            handler = FiniteDifferenceGradients(model, certify=1)
+            handler.withhold_steps(trainer, Tbptt_Events.BACKWARD_COMPLETED, optimizer, above=0.3)
+
+        Args:
+            engine: whose event it is.
+            event: `Tbptt_Events.BACKWARD_COMPLETED` in a TBPTT trainer.
+            optimizer: whose step is withheld.
+            above: the relative error above which it is, see `Certificate`.
+
+        Returns:
+            A handle to take this back.
+
+        Raises:
+            ValueError: nothing is certified, or `above` is not positive and finite.
+        """
+        if self._options["certify"] is None:
+            raise ValueError("nothing is certified: give FiniteDifferenceGradients(..., certify=1), or 10")
+        require_positive("above", above, "give the relative error of a gradient that is too large, 0.3 say")
+        seen: dict[str, Certificate] = {}
+
+        def withhold(_: Engine) -> None:
+            now = self.certificates
+            new = {name: made for name, made in now.items() if made is not seen.get(name)}
+            seen.update(now)
+            wrong = {name: made for name, made in new.items() if not made.relative <= above}
+            if wrong:
+                optimizer.zero_grad(set_to_none=True)
+                for name, made in wrong.items():
+                    self.logger.warning("step withheld: %s, %s; the limit is %.2g", name, made, above)
+
+        return engine.add_event_handler(event, withhold)
 
     def attach(self, engine: Engine) -> FiniteDifferenceGradients:
         """Swap gradients in whenever this engine runs; a second attach to the same engine changes nothing.
@@ -203,6 +273,9 @@ class FiniteDifferenceGradients:
         """Put what gradients have cost on the state, for loggers; of several handlers the sum."""
         for name in ("nfev", "seconds", "wall_seconds"):
             setattr(engine.state, name, sum(getattr(handler, name) for handler in _ATTACHED[engine]))
+        errors = [made.relative for handler in _ATTACHED[engine] for made in handler.certificates.values()]
+        if errors:
+            engine.state.gradient_error = max(errors)  # type: ignore[attr-defined]
         begun = [
             (handler, *handler._began[id(engine)]) for handler in _ATTACHED[engine] if id(engine) in handler._began
         ]
@@ -240,7 +313,7 @@ class FiniteDifferenceGradients:
     def _remove(self) -> None:
         if not self._removals:
             return
-        self._states = self.state_dict()
+        self._states, self._certificates = self.state_dict(), self.certificates
         self._bindings = {}
         for remove in self._removals:
             remove()

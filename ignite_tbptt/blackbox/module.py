@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ignite_tbptt import nest
+from ignite_tbptt.blackbox.certificate import Certificate
 from ignite_tbptt.blackbox.compiled_code import outside_compiled_code
 from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.estimator import Estimator
@@ -27,7 +28,7 @@ from ignite_tbptt.blackbox.facts import Facts
 from ignite_tbptt.blackbox.flat import Captured, FlatCall, call_forward, call_module, name_of
 from ignite_tbptt.blackbox.module_state import ModuleState
 from ignite_tbptt.blackbox.node import called, with_known_outputs
-from ignite_tbptt.blackbox.options import Options, make_options
+from ignite_tbptt.blackbox.options import Certify, Options, make_options
 from ignite_tbptt.blackbox.reach import Reach
 from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.report import report_of
@@ -79,6 +80,12 @@ class Binding:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """How far off the last gradient was that was certified."""
+        found: Certificate | None = self._facts.certificate
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What the random directions of the next gradients depend on."""
@@ -184,6 +191,7 @@ def bind(
     out_dims: int | Sequence[int | None] | None = 0,
     repeatable: bool = True,
     progress: bool = False,
+    certify: int | Certify | None = None,
     count: EvaluationCount | None = None,
     evaluator: Executor | None = None,
 ) -> Callable[[], None]:
@@ -213,6 +221,7 @@ def bind(
         out_dims: the batch axis of the outputs, where in_dims is given.
         repeatable: False for a module that is noisy by nature, as in `blackbox`.
         progress: show a bar where a gradient takes longer than 2 s, as in `blackbox`.
+        certify: estimate the error of some gradients, as in `blackbox`.
         count: where to count evaluations and seconds.
         evaluator: the old name of `executor`.
 
@@ -225,7 +234,17 @@ def bind(
         )
     _refuse_script(module)
     options = make_options(
-        estimator, executor, in_dims, out_dims, None, False, repeatable, evaluator, 2, progress=progress
+        estimator,
+        executor,
+        in_dims,
+        out_dims,
+        None,
+        False,
+        repeatable,
+        evaluator,
+        2,
+        progress=progress,
+        certify=certify,
     )
     count = EvaluationCount() if count is None else count
     binding = Binding(type(module).__name__ if name is None else name, options, count)
@@ -295,6 +314,7 @@ class Blackbox(nn.Module):
         vectorized: False for what takes one row, as in `blackbox`. On a pool a module is evaluated on copies then, and
             what it changes in itself is not kept.
         progress: show a bar where a gradient takes longer than 2 s, as in `blackbox`.
+        certify: estimate the error of some gradients, as in `blackbox`.
         count: where to count evaluations and seconds.
         evaluator: the old name of `executor`.
 
@@ -316,6 +336,7 @@ class Blackbox(nn.Module):
         repeatable: bool = True,
         vectorized: bool = True,
         progress: bool = False,
+        certify: int | Certify | None = None,
         count: EvaluationCount | None = None,
         evaluator: Executor | None = None,
     ) -> None:
@@ -326,7 +347,18 @@ class Blackbox(nn.Module):
                 f"{type(module_or_fn).__name__}: there is nothing to evaluate; pass it itself, not what it returns"
             )
         self._options = make_options(
-            estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized, progress
+            estimator,
+            executor,
+            in_dims,
+            out_dims,
+            dtype,
+            numpy,
+            repeatable,
+            evaluator,
+            2,
+            vectorized,
+            progress,
+            certify,
         )
         self._chosen = estimator
         self.count = EvaluationCount() if count is None else count
@@ -350,6 +382,12 @@ class Blackbox(nn.Module):
     def seconds(self) -> float:
         """Time spent in those evaluations."""
         return self.count.seconds
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """How far off the last gradient was that was certified."""
+        found: Certificate | None = self._facts.certificate
+        return found
 
     def report(self) -> str:
         """What gradients have cost, which steps were measured and what was verified, to be printed."""

@@ -15,7 +15,9 @@ from ignite_tbptt.blackbox.auto import AutoEstimator
 from ignite_tbptt.blackbox.estimator import CentralDifference, Estimator
 from ignite_tbptt.blackbox.executors import Pool, Workers
 from ignite_tbptt.blackbox.progress import Progress
+from ignite_tbptt.blackbox.random_directions import Gaussian
 from ignite_tbptt.blackbox.rows import Rows
+from ignite_tbptt.blackbox.step_size import require_positive
 from ignite_tbptt.blackbox.task import (
     Executor,
     Result,
@@ -26,9 +28,34 @@ from ignite_tbptt.blackbox.task import (
     run,
 )
 
-__all__ = ["Options", "make_options"]
+__all__ = ["Certify", "Options", "make_options"]
 
 _NOT_SHOWN = contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Certify:
+    """Which gradients are certified, and where a warning is due: ``certify=Certify(10, tolerance=0.1)``.
+
+    Args:
+        every: the first of so many gradients is certified; ``certify=10`` is short for ``Certify(10)``.
+        tolerance: the relative error above which a warning is given, see `Certificate`; no warning by default.
+
+    Raises:
+        ValueError: every below 1, or a tolerance that is not positive and finite.
+    """
+
+    every: int
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(
+                f"certify must be a whole number of gradients, the first of which is certified, got {self.every!r}; "
+                "give certify=10 to spend about a tenth more, or leave it out"
+            )
+        if self.tolerance is not None:
+            require_positive("tolerance", self.tolerance, "leave it out, and certificates are kept without a warning")
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,7 @@ class Options:
     vectorized: bool = True
     shown: contextlib.AbstractContextManager[None] = _NOT_SHOWN
     """Told when a gradient begins and ends."""
+    certify: Certify | None = None
 
     def first(self, task: Task) -> Result:
         """The call itself: made in the caller's thread, unless its rows are evaluated one by one."""
@@ -90,6 +118,7 @@ def make_options(
     stacklevel: int,
     vectorized: bool = True,
     progress: bool = False,
+    certify: int | Certify | None = None,
 ) -> Options:
     """Options with their defaults, checked.
 
@@ -112,6 +141,13 @@ def make_options(
         raise TypeError(
             f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
         )
+    if certify is not None:
+        certify = certify if isinstance(certify, Certify) else Certify(certify)
+        if estimator is not None and isinstance(estimator.directions, Gaussian):
+            raise ValueError(
+                "certify compares a gradient with slopes of the function, and Gaussian directions estimate the "
+                "gradient of a smoothed one: leave certify out, or use SPSA(n)"
+            )
     executor = _on_pool(executor)
     if executor is not None and executor is not map and (isinstance(executor, type) or not callable(executor)):
         raise TypeError(
@@ -144,6 +180,7 @@ def make_options(
         is_default,
         vectorized,
         shown,
+        certify,
     )
 
 

@@ -7,7 +7,7 @@ rows, and what an executor makes of these comes back in the order of the moves. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs, same_kind
 from ignite_tbptt.blackbox.moves import Moves
 from ignite_tbptt.blackbox.record import Record
+from ignite_tbptt.blackbox.step_size import steps_around
 from ignite_tbptt.blackbox.task import SerialEvaluation, StackedEvaluation, Task, run, size_of
 
-__all__ = ["Job", "Point", "evaluate_at", "evaluated"]
+__all__ = ["Job", "Point", "evaluate_all", "evaluate_at", "evaluated"]
 
 # Of fewer points in one call little is gained, and what a function keeps between its own steps leaves the cache.
 _WORTH_STACKING = 4
@@ -65,6 +66,11 @@ class Point:
         x_types = {point.dtype for point in self.x if point.is_floating_point()}
         self.eps = max(torch.finfo(dtype).eps for dtype in x_types | {value.dtype for value in self.values})
         self.size = size_of(self.x)
+
+    def sizes(self, k: int, scale: float = 1.0) -> Tensor:
+        """The step of every element of an input; bounds hold for directions with entries up to the scale."""
+        estimator, position = self.record.estimator, sum(self.record.needed[:k])
+        return steps_around(estimator.step_size, self.x[k], estimator.stencil, self.eps, scale, position)
 
     def _at_x(self, record: Record, x: list[Tensor]) -> Outputs:
         return evaluate_at(record, x, "at x itself")
@@ -191,6 +197,17 @@ def evaluate_at(
     if point is not None:
         _check_kind(point, outputs, lambda: where, copies)
     return outputs
+
+
+def evaluate_all(point: Point, places: Iterable[list[Tensor]], where: str) -> list[Outputs]:
+    """Evaluate several points, which verify something, at the same time where that can be."""
+    record = point.record
+    streams = record.streams if record.draws else None
+    results = record.options.executor(run, (Task(record.flat, tensors, streams) for tensors in places))
+    found = [record.count.taken(result, record.flat.label, lambda: where, 1, True) for result in results]
+    for outputs in found:
+        _check_kind(point, outputs, lambda: where, 1)
+    return found
 
 
 def _check_kind(point: Point, outputs: Outputs, where: Callable[[], str], copies: int) -> None:

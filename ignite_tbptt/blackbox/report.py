@@ -33,6 +33,8 @@ def report_of(label: str, options: Options, facts: Facts, count: EvaluationCount
         lines.append(
             "  sparsity: columns that share no output are moved together; the pattern held where it was looked at"
         )
+    if facts.certificate is not None:
+        lines.append(f"  certificate: {facts.certificate}")
     if count.hint:
         lines.append(f"  hint: {count.hint}")
     return "\n".join(lines)

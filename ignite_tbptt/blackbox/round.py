@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
+from ignite_tbptt.blackbox.certificate import certify
 from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.errors import BlackboxError
@@ -29,7 +30,6 @@ from ignite_tbptt.blackbox.moves import Moves, all_finite
 from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
 from ignite_tbptt.blackbox.probes import verify
 from ignite_tbptt.blackbox.record import Record, autocast_off
-from ignite_tbptt.blackbox.step_size import steps_around
 from ignite_tbptt.blackbox.task import ALONE, SerialEvaluation, runs_elsewhere, size_of
 
 __all__ = ["HELD_BYTES", "gradients", "tangents"]
@@ -86,7 +86,7 @@ def gradients(
     if held is not None:
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             found = _contracted(record, held, held.slopes, many)
-        return _counted(record, found, start)
+        return _counted(record, held.point, many, found, start)
     with ALONE, record.options.shown, torch.no_grad(), autocast_off(record.tensors):
         before, drawn, moved = record.facts.streams(), record.count.drawn, True
         try:
@@ -102,12 +102,21 @@ def gradients(
         finally:
             if moved:
                 before.restore()
-    return _counted(record, found, start)
+    return _counted(record, held.point, many, found, start)
 
 
-def _counted(record: Record, found: list[list[Tensor | None]], start: float) -> list[list[Tensor | None]]:
+def _counted(
+    record: Record, point: Point, many: Sequence[Cotangents], found: list[list[Tensor | None]], start: float
+) -> list[list[Tensor | None]]:
     record.times += 1
     record.count.gradients += 1
+    if record.options.certify is not None and len(many) == 1:
+        with ALONE, record.options.shown, torch.no_grad(), autocast_off(record.tensors):
+            before = record.facts.streams()
+            try:
+                certify(point if len(point.records) == 1 else Point([record]), many[0], found[0])
+            finally:
+                before.restore()
     record.count.wall_seconds += time.perf_counter() - start
     return found
 
@@ -125,7 +134,7 @@ def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | No
             measure_steps(record, False)
             point = Point([record])
             moved = {k: t.to(point.x[k]) for k, t in enumerate(along) if t is not None}
-            scale = max((float((t.abs() / _sizes(point, k)).max()) for k, t in moved.items() if t.numel()), default=0.0)
+            scale = max((float((t.abs() / point.sizes(k)).max()) for k, t in moved.items() if t.numel()), default=0.0)
             found: list[Tensor | None] = [
                 torch.zeros_like(y) if y.is_floating_point() else None for y in point.first.tensors
             ]
@@ -150,13 +159,6 @@ def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | No
             before.restore()
             record.count.wall_seconds += time.perf_counter() - start
     return found
-
-
-def _sizes(point: Point, k: int) -> Tensor:
-    """The step of every element of an input."""
-    estimator = point.record.estimator
-    position = sum(point.record.needed[:k])
-    return steps_around(estimator.step_size, point.x[k], estimator.stencil, point.eps, 1.0, position)
 
 
 def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[Tensor | None]) -> tuple[_Held, Any]:

@@ -34,6 +34,8 @@ EXPORTED = [
     "BlackboxFunction",
     "BoundedStep",
     "CentralDifference",
+    "Certificate",
+    "Certify",
     "Coordinates",
     "CutCall",
     "CutKind",
