@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.random_streams import RandomStreams
 
-__all__ = ["Banded", "Coloring", "Sparsity", "banded", "coloring_of", "detect_sparsity"]
+__all__ = ["Banded", "Coloring", "Sparsity", "banded", "coloring_of", "detect_sparsity", "pattern_of"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Banded:
 
 
 Sparsity = Tensor | Banded | Literal["elementwise"] | Any
-"""A bool tensor (outputs, inputs), a matrix of scipy.sparse, `banded(k)`, or "elementwise"."""
+"""A bool tensor or array (outputs, inputs), a matrix of scipy.sparse, `banded(k)`, or "elementwise"."""
 
 
 def banded(below: int, above: int | None = None) -> Banded:
@@ -78,14 +79,40 @@ class Coloring:
         return found
 
 
-def coloring_of(sparsity: Sparsity, inputs: int) -> Coloring:
-    """Return the colours for a pattern of so many inputs.
+def pattern_of(sparsity: Any) -> Any:
+    """A pattern as it is now: what the caller's matrix becomes later has no part in it.
 
     Raises:
-        TypeError: `sparsity` is no pattern.
+        TypeError: it is no pattern.
+    """
+    if sparsity is None or isinstance(sparsity, Banded):
+        return sparsity
+    if isinstance(sparsity, str) and sparsity == "elementwise":
+        return Banded(0, 0)
+    if hasattr(sparsity, "tocoo"):
+        return sparsity.tocoo(copy=True)
+    if isinstance(sparsity, np.ndarray):
+        sparsity = torch.from_numpy(np.ascontiguousarray(sparsity))
+    if isinstance(sparsity, Tensor):
+        if sparsity.ndim == 2 and sparsity.dtype == torch.bool and sparsity.layout == torch.strided:
+            return sparsity.detach().clone()
+        raise TypeError(
+            f"sparsity must be a bool tensor (outputs, inputs), got {sparsity.dtype} of shape {tuple(sparsity.shape)}: "
+            "give pattern != 0, dense"
+        )
+    raise TypeError(
+        f"sparsity must be a bool tensor (outputs, inputs), a matrix of scipy.sparse, banded(k) or 'elementwise', got "
+        f"{sparsity!r}; detect_sparsity(fn, *inputs) finds the pattern"
+    )
+
+
+def coloring_of(sparsity: Any, inputs: int) -> Coloring:
+    """Return the colours for a pattern, of `pattern_of`, of so many inputs.
+
+    Raises:
         ValueError: it is a pattern of another number of inputs.
     """
-    if isinstance(sparsity, Tensor) or hasattr(sparsity, "tocoo"):
+    if not isinstance(sparsity, Banded):
         cached = _COLORINGS.get(id(sparsity))
         if cached is not None and cached[0] is sparsity and len(cached[1].colors) == inputs:
             return cached[1]
@@ -94,13 +121,6 @@ def coloring_of(sparsity: Sparsity, inputs: int) -> Coloring:
             _COLORINGS.clear()
         _COLORINGS[id(sparsity)] = (sparsity, coloring)
         return coloring
-    if sparsity == "elementwise":
-        sparsity = Banded(0, 0)
-    if not isinstance(sparsity, Banded):
-        raise TypeError(
-            f"sparsity must be a bool tensor (outputs, inputs), a matrix of scipy.sparse, banded(k) or 'elementwise', "
-            f"got {sparsity!r}"
-        )
     return _banded(sparsity, inputs)
 
 
@@ -121,15 +141,9 @@ def _banded(band: Banded, inputs: int) -> Coloring:
 def _entries(sparsity: Any, inputs: int) -> tuple[Tensor, Tensor, int]:
     """Rows and columns of the entries of a pattern, and the number of its rows."""
     if isinstance(sparsity, Tensor):
-        if sparsity.ndim != 2 or sparsity.dtype != torch.bool:
-            raise TypeError(
-                f"sparsity must be a bool tensor (outputs, inputs), got {sparsity.dtype} of shape "
-                f"{tuple(sparsity.shape)}"
-            )
         rows, columns = sparsity.cpu().nonzero().unbind(1)
     else:
-        matrix = sparsity.tocoo()
-        rows, columns = torch.as_tensor(matrix.row).long(), torch.as_tensor(matrix.col).long()
+        rows, columns = torch.as_tensor(sparsity.row).long(), torch.as_tensor(sparsity.col).long()
     if sparsity.shape[1] != inputs:
         raise ValueError(
             f"sparsity has {sparsity.shape[1]} columns, and there are {inputs} numbers to differentiate; its columns "
@@ -184,18 +198,24 @@ def detect_sparsity(
         A bool tensor (outputs, inputs), both flattened side by side.
 
     Raises:
-        TypeError: there is no tensor of floating point among the inputs.
-        ValueError: `points` is below 1.
+        TypeError: fn is not callable, or there is no tensor of floating point among the inputs.
+        ValueError: `points` is no whole number, or below 1.
     """
-    if points < 1:
-        raise ValueError(f"points must be at least 1, got {points}")
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {type(fn).__name__}: detect_sparsity(fn, *inputs)")
+    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+        raise ValueError(
+            f"points must be a whole number of places to look at, at least 1, got {points!r}; 3 finds most patterns"
+        )
     call = FlatCall(fn, inputs, {}, numpy=numpy)
     tensors = [tensor.detach() for tensor in call.tensors]
     tensors = [t.double() if numpy and t.is_floating_point() else t for t in tensors]
     floats = [k for k, tensor in enumerate(tensors) if tensor.is_floating_point() and tensor.numel()]
     moved = [k for k in floats if call.tensors[k].requires_grad] or floats
     if not moved:
-        raise TypeError(f"{call.label} needs a tensor of floating point among its inputs")
+        raise TypeError(
+            f"{call.label} needs a tensor of floating point among its inputs: integers cannot be moved by a small step"
+        )
     generator = torch.Generator().manual_seed(seed)
     streams = RandomStreams.now()
 
@@ -217,8 +237,8 @@ def detect_sparsity(
             for k in moved:
                 for index in range(tensors[k].numel()):
                     there = [x.clone() for x in here]
-                    element = there[k].view(-1)[index : index + 1]
-                    element += 0.01 * element.abs().clamp(min=1.0)
+                    place = torch.unravel_index(torch.tensor(index), there[k].shape)
+                    there[k][place] += 0.01 * float(there[k][place].abs().clamp(min=1.0))
                     columns.append(value(there) != before)
             pattern = torch.stack(columns, 1)
             found = pattern if found is None else found | pattern

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.block import Block
-from ignite_tbptt.blackbox.coloring import Coloring, coloring_of
+from ignite_tbptt.blackbox.coloring import Coloring, coloring_of, pattern_of
 from ignite_tbptt.blackbox.moves import Moves, weighted, wide
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import StepSize
@@ -187,12 +187,18 @@ class Coordinates:
         4
 
     Args:
-        sparsity: which outputs depend on which inputs: a bool tensor (outputs, inputs), a matrix of scipy.sparse,
-            `banded(k)` or "elementwise"; see `detect_sparsity`. For functions that return one tensor; it is verified at
-            the first gradient and at gradients 2, 4, 8, ...
+        sparsity: which outputs depend on which inputs: a bool tensor or array (outputs, inputs), a matrix of
+            scipy.sparse, `banded(k)` or "elementwise"; see `detect_sparsity`. For functions that return one tensor; it
+            is verified at the first gradient and at gradients 2, 4, 8, ...
+
+    Raises:
+        TypeError: sparsity is no pattern; when gradients are taken, a ValueError where its size is another.
     """
 
     sparsity: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", pattern_of(self.sparsity))
 
     def moves(
         self, block: Block, stencil: Stencil, step_size: StepSize, eps: float, points: int, draw: int

@@ -18,7 +18,7 @@ from ignite_tbptt.blackbox import (
     blackbox,
     detect_sparsity,
 )
-from ignite_tbptt.blackbox.coloring import coloring_of
+from ignite_tbptt.blackbox.coloring import coloring_of, pattern_of
 
 
 def diffusion(x: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def test_a_dense_pattern_and_a_sparse_matrix() -> None:
     def fn(x: Tensor) -> Tensor:
         return (weights @ x).sin()
 
-    for sparsity in (pattern, scipy_sparse.csr_matrix(pattern.numpy())):
+    for sparsity in (pattern, pattern.numpy(), scipy_sparse.csr_matrix(pattern.numpy())):
         found, truth, f = gradients(fn, CentralDifference(sparsity=sparsity), doubles(50))
-        assert f.nfev == 2 * coloring_of(sparsity, 50).count < 2 * 50
+        assert f.nfev == 2 * coloring_of(pattern_of(sparsity), 50).count < 2 * 50
         assert (found - truth).abs().max() <= 1e-9
 
 
@@ -96,7 +96,7 @@ def test_columns_of_one_colour_share_no_row() -> None:
         (banded(70), distance < 100),
         ("elementwise", distance == 0),
     ):
-        coloring = coloring_of(sparsity, 60)
+        coloring = coloring_of(pattern_of(sparsity), 60)
         assert torch.equal(as_pattern(coloring, 60), pattern)
         for color in range(coloring.count):
             assert pattern[:, coloring.colors == color].sum(1).max() <= 1
@@ -151,6 +151,21 @@ def test_what_a_pattern_cannot_be() -> None:
         banded(1, -1)
 
 
+def test_a_pattern_that_is_changed_later_is_as_it_was() -> None:
+    pattern = torch.eye(6, dtype=torch.bool)
+    estimator = CentralDifference(sparsity=pattern)
+    pattern[:] = True
+    _, _, f = gradients(torch.sin, estimator, doubles(6))
+    assert f.nfev == 2
+
+
+def test_patterns_of_inputs_whose_memory_is_not_in_order() -> None:
+    x = torch.rand(3, 4, dtype=torch.float64).T
+    expected = torch.autograd.functional.jacobian(lambda x: x.cumsum(0), x).flatten(2).flatten(0, 1) != 0
+    assert torch.equal(detect_sparsity(lambda x: x.cumsum(0), x), expected)
+    assert detect_sparsity(torch.sin, torch.tensor(0.3)).tolist() == [[True]]
+
+
 def test_bounds_turn_all_of_a_colour() -> None:
     seen: list[Tensor] = []
 
@@ -173,7 +188,11 @@ def test_patterns_are_detected() -> None:
     assert (
         detect_sparsity(lambda x: torch.where(x.sum() > 0.3, x, x.flip(0)), torch.full((6,), 0.05), points=8).sum() > 6
     )
-    with pytest.raises(ValueError, match="points must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="points must be a whole number of places to look at, at least 1, got 0"):
         detect_sparsity(diffusion, x, points=0)
+    with pytest.raises(ValueError, match=r"points must be a whole number .* got 2\.5; 3 finds"):
+        detect_sparsity(diffusion, x, points=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="fn must be callable, got Tensor"):
+        detect_sparsity(x, x)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="needs a tensor of floating point"):
         detect_sparsity(lambda x: x, torch.ones(2, dtype=torch.int64))

@@ -153,8 +153,8 @@ def test_a_noise_that_is_known_is_taken() -> None:
     f: Any = blackbox(np.sin, estimator=CentralDifference(step_size=MeasuredStep(noise=1e-4)), numpy=True)
     x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     f(x).sum().backward()
-    (kept,) = f._facts.estimators.values()
-    h = float(kept.step_size.each(torch.ones(1, dtype=torch.float64), central(), EPS).sizes)
+    (kept,) = f._facts.step_sizes.values()
+    h = float(kept.each(torch.ones(1, dtype=torch.float64), central(), EPS).sizes)
     # (3 e / |f'''|)^(1/3), at which both errors are of one size, to a factor of 2 and that of powers of two
     assert (3e-4 / math.cos(1.0)) ** (1 / 3) / 4 <= h <= (3e-4 / math.cos(1.0)) ** (1 / 3) * 4
     with pytest.raises(ValueError, match="noise must be a positive, finite number, got 0"):
