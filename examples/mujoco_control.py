@@ -2,8 +2,9 @@
 
 MuJoCo computes each step of the motion in C; autograd cannot see through it. `blackbox` gives it a gradient by central
 differences, the rows of a batch and all moved points in one `mujoco.rollout` call on two threads. The TBPTT trainer
-carries the state of the physics and that of the controller from chunk to chunk, and a handler sets those upright again
-that have fallen. The cart has to follow a target without the poles falling over.
+carries the state of the physics and that of the controller from chunk to chunk, in chunks that grow from half a second
+to two, and a handler sets those upright again that have fallen. In three minutes the poles stay up; the cart
+is asked to follow a target as well, which takes longer to learn.
 
 The pictures show the loss, the motion before and after, and how long controllers keep the poles up that are random,
 untrained and trained.
@@ -23,13 +24,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+from ignite.handlers import PiecewiseLinear
 from torch import Tensor, nn
 
 from ignite_tbptt import Tbptt_Events, create_supervised_tbptt_trainer, reset_hidden
 from ignite_tbptt.blackbox import blackbox
 
-STEPS, CHUNK, BATCH, EPOCHS = 100, 25, 32, 15  # 0.02 s a step
+STEPS, BATCH, EPOCHS = 200, 16, 12  # 0.02 s a step
+CHUNKS = 25, 50, 100
 FALLEN = 0.6  # radians
 
 
@@ -81,19 +84,30 @@ def observed(state: Tensor, target: Tensor) -> Tensor:
     return torch.cat([position * state.new_tensor([1.0, 3.0, 3.0]), velocity, target, target - state[:, :1]], 1)
 
 
+def has_fallen(states: Tensor) -> Tensor:
+    """(..., 6) states -> (...), whether one of the poles leans too far."""
+    return (states[..., 1].abs() > FALLEN) | ((states[..., 1] + states[..., 2]).abs() > FALLEN)
+
+
 def cost(states: Tensor, targets: Tensor) -> Tensor:
-    """How far the cart is from its target, how far the poles are from upright, and how fast all are."""
+    """How far the cart is from its target, the poles from upright, and how fast all are; a constant after a fall."""
     first, second = states[..., 1], states[..., 1] + states[..., 2]
     upright = (1 - first.cos()) + (1 - second.cos())
-    return ((states[..., :1] - targets) ** 2).mean() + 3 * upright.mean() + 0.003 * (states[..., 3:] ** 2).mean()
+    each = (states[..., 0] - targets[..., 0]) ** 2 + 3 * upright + 0.001 * (states[..., 3:] ** 2).sum(-1)
+    return torch.where(has_fallen(states.detach()).cumsum(0) > 1, 3.0, each).mean()
+
+
+def jumps(steps: int, rows: int, generator: torch.Generator) -> Tensor:
+    """(steps, rows, 1) places for the cart, another one every second."""
+    levels = 0.4 * torch.rand(math.ceil(steps / 50), rows, 1, generator=generator) - 0.2
+    return levels.repeat_interleave(50, 0)[:steps]
 
 
 def batches(count: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """Targets that jump once in a while, which are what is asked for as well."""
+    """Targets, which are seen and asked for."""
     found = []
     for _ in range(count):
-        levels = torch.rand(STEPS // 50, BATCH, 1, generator=generator) - 0.5
-        targets = levels.repeat_interleave(50, 0)
+        targets = jumps(STEPS, BATCH, generator)
         found.append((targets, targets))
     return found
 
@@ -104,19 +118,27 @@ def start(rows: int, size: int, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def train(model: Controller, generator: torch.Generator, epochs: int, count: int) -> list[float]:
-    """Losses of all chunks."""
+    """Losses of all chunks, which grow: long ones are of use once the poles stay up."""
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     trainer = create_supervised_tbptt_trainer(
-        model, optimizer, cost, CHUNK, initial_hidden=lambda x: start(x.shape[1], model.cell.hidden_size, generator)
+        model, optimizer, cost, CHUNKS[0], initial_hidden=lambda x: start(x.shape[1], model.cell.hidden_size, generator)
     )
+    half, all_of_it = epochs * count // 2, epochs * count
+    schedule = PiecewiseLinear(optimizer, "lr", [(half, 3e-3), (all_of_it, 1e-4)])
+    trainer.add_event_handler(Events.ITERATION_STARTED, schedule)
     losses: list[float] = []
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def grow(engine: Engine) -> None:
+        state: Any = engine.state
+        state.tbtt_step = CHUNKS[(state.epoch - 1) * len(CHUNKS) // epochs]
 
     @trainer.on(Tbptt_Events.TIME_ITERATION_STARTED)
     def set_upright(engine: Engine) -> None:
         state: Any = engine.state
         if state.hidden is not None:
             physics = state.hidden[1]
-            fallen = (physics[:, 1:3].abs().amax(1) > FALLEN) | (physics[:, 0].abs() > 0.95)
+            fallen = has_fallen(physics) | (physics[:, 0].abs() > 0.95)
             state.hidden = reset_hidden(state.hidden, fallen, dim=0)
 
     @trainer.on(Tbptt_Events.BACKWARD_COMPLETED)
@@ -137,8 +159,7 @@ def drive(
 ) -> tuple[Tensor, Tensor]:
     """(steps, rows, 6) states and (steps, rows, 1) targets, under the model or another control."""
     generator = torch.Generator().manual_seed(1)
-    levels = torch.rand(math.ceil(steps / 50), rows, 1, generator=generator) - 0.5
-    targets = levels.repeat_interleave(50, 0)[:steps]
+    targets = jumps(steps, rows, generator)
     memory, state = start(rows, model.cell.hidden_size, generator)
     if control is None:
         return model(targets, (memory, state))[0], targets
@@ -151,8 +172,7 @@ def drive(
 
 def seconds_upright(states: Tensor) -> float:
     """Until the poles have fallen, in the mean over rows."""
-    fallen = (states[..., 1].abs() > FALLEN) | ((states[..., 1] + states[..., 2]).abs() > FALLEN)
-    before = (fallen.cumsum(0) == 0).sum(0)
+    before = (has_fallen(states).cumsum(0) == 0).sum(0)
     return 0.02 * float(before.double().mean())
 
 
@@ -174,7 +194,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     before, _ = drive(model, None, 32, steps)
     random, _ = drive(model, lambda state: torch.rand(len(state), 1, generator=generator) * 2 - 1, 32, steps)
     begun = time.perf_counter()
-    losses = train(model, generator, 1 if given.quick else EPOCHS, 1 if given.quick else 20)
+    losses = train(model, generator, 3 if given.quick else EPOCHS, 1 if given.quick else 10)
     spent = time.perf_counter() - begun
     after, targets = drive(model, None, 32, steps)
     compared = {"random": random, "untrained": before, "trained": after}
@@ -198,7 +218,7 @@ def draw(losses: list[float], compared: dict[str, Tensor], targets: Tensor, path
     width = max(1, len(losses) // 100)
     smooth = [sum(losses[k : k + width]) / width for k in range(0, len(losses) - width + 1, width)]
     first.semilogy([width * k for k in range(len(smooth))], smooth, color="tab:blue")
-    first.set(title="Loss", xlabel="chunk of 0.5 s")
+    first.set(title="Loss", xlabel="chunk, of 0.5 to 2 s")
     for axes, name in ((second, "untrained"), (third, "trained")):
         states = compared[name][:, 0]
         for k in range(0, len(states), 5):
@@ -233,7 +253,7 @@ def render(model: Any, motions: dict[str, Tensor], path: Path) -> None:
         return
     data, camera = mujoco.MjData(model), mujoco.MjvCamera()
     camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = (0, 0, 0.3), 3.0, 90, -10
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 2.7), layout="constrained")
     for row, (name, states) in zip(figure.subplots(2, 8), motions.items(), strict=True):
         for axes, k in zip(row, range(0, len(states), max(1, len(states) // 8)), strict=False):
             data.qpos[:], data.qvel[:] = states[k, 0, :3].numpy(), 0

@@ -52,6 +52,15 @@ def test_a_quick_run_draws_its_picture(name: str, tmp_path: Path, capsys: pytest
     assert str(picture) in capsys.readouterr().out
 
 
+def test_a_controller_is_trained_through_mujoco(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mujoco")
+    pytest.importorskip("gymnasium")
+    pytest.importorskip("matplotlib")
+    run("mujoco_control.py", "--quick", "--output", str(tmp_path))
+    assert (tmp_path / "mujoco_control.png").stat().st_size > 10_000
+    assert "trained    upright for" in capsys.readouterr().out
+
+
 def test_the_copy_task_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     arguments = ["--steps", "180", "--window", "20", "--seeds", "0", "1", "--output", str(tmp_path)]
