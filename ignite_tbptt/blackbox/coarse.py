@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ __all__ = ["compare_steps"]
 # How many elements are tried at the first gradient; later one each time, another than before.
 _SAMPLE = 2
 _FACTOR = 8
+# Neighbours to each side that are looked at for jumps.
+_AROUND, _HALVED = 16, 12
 # Slopes agree that differ by less than this share of the larger; one-sided formulas round off more. A step that was
 # chosen, or measured, is a compromise already.
 _TOLERANCE, _ONE_SIDED_TOLERANCE, _CHOSEN_TOLERANCE = 0.003, 0.02, 0.05
@@ -146,8 +149,12 @@ def _compared(
     slopes = [line.slope(level) for level in range(top + 1)]
     while slopes and not math.isfinite(slopes[-1]):
         slopes.pop()  # out of bounds, or outside the domain
-    if len(slopes) < 2 or not all(map(math.isfinite, slopes)) or not _is_coarse(line, slopes):
+    if len(slopes) < 2 or not all(map(math.isfinite, slopes)):
         return None
+    jump = _jump(line, slopes)
+    if not jump and not _is_coarse(line, slopes):
+        return None
+    point.record.facts.jump = max(point.record.facts.jump, jump / math.sqrt(sum(float((v * v).sum()) for _, v in used)))
     gaps = [abs(a - b) / max(abs(a), abs(b)) if a or b else math.inf for a, b in itertools.pairwise(slopes)]
     # of those that agree nearly best the widest, since two may agree by chance
     best = max(level for level, gap in enumerate(gaps) if gap <= max(2 * min(gaps), 0.02))
@@ -222,6 +229,43 @@ def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
     gap = abs(taken - far)
     settled = abs(far - slopes[top - 1]) < 0.25 * gap
     return settled and all(abs(side - far) < 0.5 * gap for side in line.sides(top - 1))
+
+
+def _jump(line: _Line, slopes: Sequence[float]) -> float:
+    """The largest jump nearby, where the slope first changes; 0 where there is none.
+
+    A solver that chooses its own steps is smooth as long as it chooses the same ones, and jumps where it does not. Of a
+    smooth function, and of one with kinks, each difference of neighbours lies between those beside it, or hardly
+    outside; that over a jump stands out.
+    """
+    first = next((k for k, slope in enumerate(slopes) if not line.agree(slope, slopes[0])), len(slopes))
+    # neighbours are close enough here that those of a smooth function differ little
+    found = (_jump_within(line, level) for level in range(first, min(first + 3, len(slopes))))
+    return next((jump for jump in found if jump), 0.0)
+
+
+def _jump_within(line: _Line, level: int) -> float:
+    spacing = line.h * float(_FACTOR) ** level / _AROUND
+    values = [line.phi(k * spacing) for k in range(-_AROUND, _AROUND + 1)]
+    steps = [after - before for before, after in itertools.pairwise(values)]
+    if not all(map(math.isfinite, steps)):
+        return 0.0
+    outside = [
+        max(step - max(before, after), min(before, after) - step, 0.0)
+        for before, step, after in zip(steps, steps[1:], steps[2:], strict=False)
+    ]
+    usual, rounding = statistics.median(map(abs, steps)), line.noise * line.h
+    jump = max(outside)
+    if not jump > max(usual / 2, 20 * statistics.median(outside), rounding):
+        return 0.0
+    # what is only steep comes apart as it is halved
+    place = outside.index(jump) + 1 - _AROUND
+    left, right = place * spacing, (place + 1) * spacing
+    for _ in range(_HALVED):
+        middle = (left + right) / 2
+        before, after = line.phi(middle) - line.phi(left), line.phi(right) - line.phi(middle)
+        left, right = (left, middle) if abs(before) > abs(after) else (middle, right)
+    return jump if jump / 16 < abs(line.phi(right) - line.phi(left)) < math.inf else 0.0
 
 
 def _has_plateaus(line: _Line, level: int) -> bool:

@@ -36,6 +36,7 @@ class Facts:
         step_sizes: steps that were measured, by the inputs that they belong to.
         suited: the estimator of the last gradient.
         measurements: what was measured for them.
+        jump: the largest jump of an output that was seen.
         axes: the batch axes of the arguments of the last call, and its shapes.
         out_axes: likewise of its outputs.
         measures: whether steps are measured though nobody asked for it, because the default one does not suit.
@@ -55,6 +56,7 @@ class Facts:
         self.suited: Any = None
         self.measurements: dict[Any, Any] = {}
         self.measures = False
+        self.jump = 0.0
         self.axes: tuple[Any, Any] = (None, None)
         self.out_axes: tuple[Any, Any] = (None, None)
         self._gradients: dict[Any, int] = {}

@@ -52,7 +52,7 @@ def measure_steps(record: Record, again: bool) -> None:
     """
     estimator, facts, key = record.asked, record.facts, record.inputs_key
     if facts.measures:
-        estimator = replace(estimator, step_size=MeasuredStep())
+        estimator = replace(estimator, step_size=MeasuredStep(noise=facts.jump or None))
     if not asks_for_measuring(estimator.step_size) or (key in facts.step_sizes and not again):
         return
     point = Point([record])
