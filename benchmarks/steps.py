@@ -180,34 +180,40 @@ def programs(draws: int) -> None:
         figure(f"{title}: median error, default", middle(default), "relative")
 
 
+NOISY: dict[str, tuple[int, Function]] = {
+    "Rosenbrock-4": (4, lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()),
+    "sum of exp": (6, lambda x: (x.exp() if isinstance(x, torch.Tensor) else np.exp(x)).sum()),
+    "quartic": (5, lambda x: ((x - 0.3) ** 4 + x * 2).sum()),
+    "1 / (2 + x.x)": (8, lambda x: 1 / (2 + (x * x).sum())),
+}
+
+
 def noise(points: int) -> None:
-    print(f"\n{'Rosenbrock-4 with noise':26}{'within 1/4 to 4':>16}{'median error, measured':>24}")
+    print(f"\n{'with noise':26}{'within 1/4 to 4':>16}{'median error, measured':>24}")
     generator = np.random.default_rng(2)
+    for name, (size, function) in NOISY.items():
+        for sigma in (1e-8, 1e-6, 1e-4, 1e-2, 1e-1):
 
-    def rosenbrock(x: Any) -> Any:
-        return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+            def noisy(x: Any, sigma: float = sigma, function: Function = function) -> Any:
+                return function(x) + sigma * generator.standard_normal()
 
-    for sigma in (1e-8, 1e-6, 1e-4, 1e-2, 1e-1):
-
-        def noisy(x: Any, sigma: float = sigma) -> Any:
-            return rosenbrock(x) + sigma * generator.standard_normal()
-
-        good, errors = 0, []
-        for _ in range(points):
-            x = torch.from_numpy(generator.uniform(-1, 1, 4)).requires_grad_()
-            good += bool(0.25 <= estimate_noise(noisy, x, numpy=True).level / sigma <= 4)
-            f: Any = blackbox(
-                noisy, numpy=True, repeatable=False, estimator=CentralDifference(step_size=MeasuredStep())
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                f(x).backward()
-            y = x.detach().requires_grad_()
-            value = (100 * (y[1:] - y[:-1] ** 2) ** 2 + (1 - y[:-1]) ** 2).sum()
-            (true,) = torch.autograd.grad(value, y)
-            errors.append(float((x.grad - true).norm() / true.norm()))  # type: ignore[operator]
-        print(f"{sigma:<26.0e}{good / points:>16.2f}{statistics.median(errors):>24.1e}", flush=True)
-        figure(f"Rosenbrock-4 with noise of {sigma:.0e}: noise estimated within 1/4 to 4", good / points)
+            good, errors = 0, []
+            for _ in range(points):
+                x = torch.from_numpy(generator.uniform(-1, 1, size)).requires_grad_()
+                good += bool(0.25 <= estimate_noise(noisy, x, numpy=True).level / sigma <= 4)
+                f: Any = blackbox(
+                    noisy, numpy=True, repeatable=False, estimator=CentralDifference(step_size=MeasuredStep())
+                )
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    f(x).backward()
+                y = x.detach().requires_grad_()
+                (true,) = torch.autograd.grad(function(y), y)
+                errors.append(float((x.grad - true).norm() / true.norm()))  # type: ignore[operator]
+            middle = statistics.median(errors)
+            print(f"{name + f', {sigma:.0e}':<26}{good / points:>16.2f}{middle:>24.1e}", flush=True)
+            figure(f"{name} with noise of {sigma:.0e}: noise estimated within 1/4 to 4", good / points)
+            figure(f"{name} with noise of {sigma:.0e}: median error of a measured step", middle, "relative")
 
 
 def draw(path: Path) -> None:
@@ -232,7 +238,7 @@ def draw(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measured steps on smooth functions and on the programs of practice.")
     parser.add_argument("--draws", type=int, default=20, help="of x for each program")
-    parser.add_argument("--points", type=int, default=100, help="for each level of noise")
+    parser.add_argument("--points", type=int, default=300, help="for each level of noise")
     parser.add_argument("--output", type=Path, default=Path("output"))
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
