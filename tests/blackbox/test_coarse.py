@@ -135,6 +135,52 @@ def test_a_solver_with_a_loose_tolerance() -> None:
     assert sum(bool(gradient(f, drawn(seed))[1]) for seed in range(5)) == 5
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["RK45", "LSODA"])
+def test_the_jumps_of_a_solver_that_chooses_its_steps_are_its_noise(method: str) -> None:
+    """At rtol 1e-3 the program's own slope, between two jumps, is off by half of the true one and more."""
+    solve_ivp = pytest.importorskip("scipy.integrate").solve_ivp
+
+    def oscillator(p: float, method: str, rtol: float) -> float:
+        def field(t: float, y: Any) -> list[float]:
+            return [y[1], p * (1 - y[0] ** 2) * y[1] - y[0]]
+
+        return float(solve_ivp(field, (0, 8), [2.0, 0.0], method=method, rtol=rtol, atol=1e-3 * rtol).y[0, -1])
+
+    def loose(x: Any) -> Any:
+        return np.array([oscillator(x[0], method, 1e-3)])
+
+    told, errors = 0, []
+    for p in np.random.default_rng(0).uniform(0.3, 2.0, 10):
+        precise = [oscillator(p + h, "DOP853", 1e-12) for h in (1e-4, -1e-4)]
+        true = (precise[0] - precise[1]) / 2e-4
+        x = torch.tensor([p], requires_grad=True, dtype=torch.float64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            blackbox(loose, numpy=True)(x).sum().backward()
+        told += bool(caught)
+        assert x.grad is not None
+        errors.append(abs(x.grad.item() - true) / abs(true))
+    assert told >= 8
+    # jumps of 1e-3 over steps of about (3e-3) ** (1 / 3)
+    assert sorted(errors)[5] <= 0.1
+
+
+def test_a_sawtooth_is_told_from_what_is_only_steep() -> None:
+    def teeth(x: Any) -> Any:
+        return x - 1e-3 * np.floor(500 * x) + 2 * x  # pieces of slope 3, and of 2.5 over many of them
+
+    x = torch.tensor([0.7113], dtype=torch.float64, requires_grad=True)
+    with pytest.warns(UntrustedGradientWarning, match="steps were measured"):
+        blackbox(teeth, numpy=True)(x).sum().backward()
+    assert x.grad is not None
+    assert abs(x.grad.item() - 2.5) <= 0.05
+    steep = torch.tensor([0.7113], dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blackbox(lambda x: np.tanh(200 * (x - 0.71)), numpy=True)(steep).sum().backward()
+
+
 def mlp(x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     weights, bias = (torch.randn(shape, generator=generator).to(x) for shape in ((2, 8), (8,)))
