@@ -248,7 +248,7 @@ def render(model: Any, motions: dict[str, Tensor], path: Path) -> None:
 
     try:
         renderer = mujoco.Renderer(model, 160, 240)
-    except Exception as error:
+    except Exception as error:  # of every kind, by what is missing: EGL, a driver, a display
         print(f"not rendered: {error}; MUJOCO_GL=egl or MUJOCO_GL=osmesa chooses what draws without a screen")
         return
     data, camera = mujoco.MjData(model), mujoco.MjvCamera()

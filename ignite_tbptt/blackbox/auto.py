@@ -31,8 +31,8 @@ class AutoEstimator(Estimator):
         """See `Estimator.suited`."""
         count, each = columns(), len(self.stencil.evaluated)
         fits = count * each <= _BUDGET
-        if ("auto", count) not in told:
-            told.add(("auto", count))
+        if ("auto", fits) not in told:
+            told.add(("auto", fits))
             asked = f"{label}: {count} columns at {each} evaluations each are"
             if fits:
                 _LOGGER.info("%s within the budget of %d: every coordinate", asked, _BUDGET)

@@ -71,8 +71,6 @@ def certify(point: Point, cotangents: Sequence[Tensor | None], found: Sequence[T
     moved = [k for k, need in enumerate(record.needed) if need and point.x[k].numel()]
     if asked is None or not used or not moved or not all(bool(v.isfinite().all()) for _, v in used):
         return
-    if not facts.certificate_due(asked.every):
-        return
     count = record.count
     room = _SHARE * asked.every * count.nfev / max(1, count.gradients) / len(_OFFSETS)
     probes = min(_MOST, max(_FEWEST, int(room)))
@@ -87,7 +85,8 @@ def certify(point: Point, cotangents: Sequence[Tensor | None], found: Sequence[T
     # what the held-out slopes are off by themselves may be all that was seen
     squares = total / probes, max(0.0, total / quantile(0.975, probes) - own), total / quantile(0.025, probes)
     relative, low, high = (math.sqrt(value) / size if size else math.inf if value else 0.0 for value in squares)
-    facts.certificate = made = Certificate(facts.certified, relative, low, high, probes)
+    made = Certificate(facts.certified, relative, low, high, probes)
+    facts.certificates.append(made)
     if asked.tolerance is not None and not relative <= asked.tolerance:
         warn(
             f"{record.flat.label}: {made}, and the tolerance is {asked.tolerance:.2g}; step_sweep({record.flat.label}, "

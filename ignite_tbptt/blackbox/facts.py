@@ -8,6 +8,7 @@ axes under which it was found. It is verified at the first gradient and again at
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ class Facts:
         axes: the batch axes of the arguments of the last call, and its shapes.
         out_axes: likewise of its outputs.
         measures: whether steps are measured though nobody asked for it, because the default one does not suit.
-        certificate: of the last gradient that was certified.
+        certificates: of the last gradients that were certified.
         certified: how many gradients there were, where some are certified.
         draws: whether some evaluation drew random numbers; None before the first.
     """
@@ -50,7 +51,7 @@ class Facts:
         self.told: set[Any] = set()
         self.calls: dict[int, Any] = {}
         self.draws: bool | None = None
-        self.certificate: Any = None
+        self.certificates: deque[Any] = deque(maxlen=4096)
         self.certified = 0
         self.step_sizes: dict[Any, Any] = {}
         self.suited: Any = None
@@ -77,6 +78,8 @@ class Facts:
     def __deepcopy__(self, memo: dict[int, Any]) -> Facts:
         twin = object.__new__(Facts)
         vars(twin).update(vars(self), stackable=dict(self.stackable), told=set(self.told), calls={})
+        twin.step_sizes, twin.measurements = dict(self.step_sizes), dict(self.measurements)
+        twin.certificates = self.certificates.copy()
         twin._gradients = dict(self._gradients)
         twin._memories = {key: list(memory) for key, memory in self._memories.items()}
         return twin
@@ -95,9 +98,23 @@ class Facts:
         return {"calls": self._number, "memories": memories}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the directions where a state was taken."""
+        """Go on with the directions where a state was taken.
+
+        Raises:
+            ValueError: it is no such state.
+        """
+        if not {"calls", "memories"} <= set(state):
+            raise ValueError(
+                f"state_dict must have 'calls' and 'memories', got {sorted(state)}: give what state_dict() of a "
+                "blackbox returned"
+            )
         self._number = int(state["calls"])
         self._memories = {key: [tensor.clone() for tensor in memory] for key, memory in state["memories"].items()}
+
+    @property
+    def certificate(self) -> Any:
+        """Of the last gradient that was certified, None before."""
+        return self.certificates[-1] if self.certificates else None
 
     def certificate_due(self, every: int) -> bool:
         """Count gradients; whether this one is certified, as the first is."""

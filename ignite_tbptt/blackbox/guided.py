@@ -75,7 +75,8 @@ class GuidedDirections:
 
     What is remembered belongs to a blackbox and is in its state: ``state_dict()`` of a decorated function and of
     `FiniteDifferenceGradients`, that of the model for `Blackbox`. Where rows are independent each remembers its own;
-    another number of rows begins anew.
+    another number of rows begins anew. The directions of one gradient are held in double precision, n times the input,
+    and a few times over while they are made.
 
     Args:
         n: number of directions, the guides among them.

@@ -9,12 +9,14 @@ trainer, a process function of one's own.
 from __future__ import annotations
 
 import difflib
+import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
@@ -140,6 +142,7 @@ class FiniteDifferenceGradients:
         self._bindings: dict[str, Binding] = {}
         self._states: dict[str, Any] = {}
         self._certificates: dict[str, Certificate] = {}
+        self._withholding: list[RemovableEventHandle] = []
         self._attached: dict[int, tuple[Engine, list[Any]]] = {}
         self._running: set[int] = set()
         self._began: dict[int, tuple[float, int, float]] = {}
@@ -164,7 +167,18 @@ class FiniteDifferenceGradients:
         return {**self._states, **{name: binding.state_dict() for name, binding in self._bindings.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with the directions where the state was taken, now or when the run starts."""
+        """Go on with the directions where the state was taken, now or when the run starts.
+
+        Raises:
+            ValueError: it is of other modules than those that were chosen.
+        """
+        known = None if self._chosen is None else sorted(map(self._told, self._chosen))
+        unknown = [] if known is None else sorted(set(state_dict) - set(known))
+        if unknown:
+            raise ValueError(
+                f"state_dict has modules {unknown} that are not among the chosen {known}: give the state of a handler "
+                "with the same modules"
+            )
         self._states = dict(state_dict)
         for name, binding in self._bindings.items():
             if name in self._states:
@@ -174,17 +188,18 @@ class FiniteDifferenceGradients:
     def certificates(self) -> dict[str, Certificate]:
         """How far off the last gradient of each module was that was certified, by name."""
         self._certificates.update(
-            {name: made for name, binding in self._bindings.items() if (made := binding.certificate) is not None}
+            {name: binding.certificates[-1] for name, binding in self._bindings.items() if binding.certificates}
         )
         return dict(self._certificates)
 
     def withhold_steps(
         self, engine: Engine, event: Any, optimizer: torch.optim.Optimizer, above: float
     ) -> RemovableEventHandle:
-        """Leave an optimizer step out where a new certificate says that a gradient is too far off.
+        """Leave an optimizer step out where a certificate since the last event says that a gradient is too far off.
 
-        At the event, which comes between backward and step, the gradients are set to None, so that the optimizer passes
-        over its parameters. Not with a GradScaler, which refuses a step without gradients.
+        At the event, which comes between backward and step, the gradients are set to None, those included that were
+        accumulated before, so that the optimizer passes over its parameters: on all ranks, where one rank says so. Not
+        with a GradScaler, which refuses a step without gradients. `detach` takes this back.
 
         Example::
 
@@ -206,19 +221,24 @@ class FiniteDifferenceGradients:
         if self._options["certify"] is None:
             raise ValueError("nothing is certified: give FiniteDifferenceGradients(..., certify=1), or 10")
         require_positive("above", above, "give the relative error of a gradient that is too large, 0.3 say")
-        seen: dict[str, Certificate] = {}
+        seen = self.certificates
 
         def withhold(_: Engine) -> None:
-            now = self.certificates
-            new = {name: made for name, made in now.items() if made is not seen.get(name)}
-            seen.update(now)
-            wrong = {name: made for name, made in new.items() if not made.relative <= above}
-            if wrong:
+            wrong = [
+                (name, made)
+                for name, binding in self._bindings.items()
+                for made in _since(binding.certificates, seen.get(name))
+                if not made.relative <= above
+            ]
+            seen.update(self.certificates)
+            if (idist.get_world_size() > 1 and idist.all_reduce(float(bool(wrong)), "MAX")) or wrong:
                 optimizer.zero_grad(set_to_none=True)
-                for name, made in wrong.items():
+                for name, made in wrong[:1]:
                     self.logger.warning("step withheld: %s, %s; the limit is %.2g", name, made, above)
 
-        return engine.add_event_handler(event, withhold)
+        handle = engine.add_event_handler(event, withhold)
+        self._withholding.append(handle)
+        return handle
 
     def attach(self, engine: Engine) -> FiniteDifferenceGradients:
         """Swap gradients in whenever this engine runs; a second attach to the same engine changes nothing.
@@ -244,6 +264,9 @@ class FiniteDifferenceGradients:
             _ATTACHED[engine].remove(self)
             for handle in handles:
                 handle.remove()
+        for handle in self._withholding:
+            handle.remove()
+        self._withholding.clear()
         self._attached.clear()
         self._running.clear()
         self._began.clear()
@@ -273,14 +296,14 @@ class FiniteDifferenceGradients:
         """Put what gradients have cost on the state, for loggers; of several handlers the sum."""
         for name in ("nfev", "seconds", "wall_seconds"):
             setattr(engine.state, name, sum(getattr(handler, name) for handler in _ATTACHED[engine]))
+        state: Any = engine.state
         errors = [made.relative for handler in _ATTACHED[engine] for made in handler.certificates.values()]
         if errors:
-            engine.state.gradient_error = max(errors)  # type: ignore[attr-defined]
+            state.gradient_error = max(errors)
         begun = [
             (handler, *handler._began[id(engine)]) for handler in _ATTACHED[engine] if id(engine) in handler._began
         ]
         if begun:
-            state: Any = engine.state
             nfev = sum(handler.nfev - before for handler, _, before, _ in begun)
             spent = sum(handler.wall_seconds - before for handler, _, _, before in begun)
             state.evaluations_per_second = nfev / spent if spent else 0.0
@@ -347,6 +370,11 @@ class FiniteDifferenceGradients:
         )
         told = self.logger.info if bound else self.logger.warning
         told("finite differences for %s\n%s", bound or "no module", self.report)
+
+
+def _since(certificates: Sequence[Certificate], last: Certificate | None) -> Iterator[Certificate]:
+    """Those of all calls after one that was seen before."""
+    return itertools.takewhile(lambda made: made is not last, reversed(certificates))
 
 
 class _FirstForward:

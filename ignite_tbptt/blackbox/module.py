@@ -82,10 +82,9 @@ class Binding:
         return self
 
     @property
-    def certificate(self) -> Certificate | None:
-        """How far off the last gradient was that was certified."""
-        found: Certificate | None = self._facts.certificate
-        return found
+    def certificates(self) -> Sequence[Certificate]:
+        """How far off the last gradients were that were certified, the last one last."""
+        return self._facts.certificates
 
     def state_dict(self) -> dict[str, Any]:
         """What the random directions of the next gradients depend on."""

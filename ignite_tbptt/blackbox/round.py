@@ -110,7 +110,8 @@ def _counted(
 ) -> list[list[Tensor | None]]:
     record.times += 1
     record.count.gradients += 1
-    if record.options.certify is not None and len(many) == 1:
+    asked = record.options.certify
+    if asked is not None and record.facts.certificate_due(asked.every):
         with ALONE, record.options.shown, torch.no_grad(), autocast_off(record.tensors):
             before = record.facts.streams()
             try:

@@ -84,7 +84,7 @@ def noise(sigma: float) -> Case:
 )
 @pytest.mark.filterwarnings("ignore::ignite_tbptt.blackbox.UntrustedGradientWarning")
 def test_intervals_hold_the_true_error_as_often_as_they_say(case: Case) -> None:
-    generator, inside, count = np.random.default_rng(0), 0, 200
+    generator, inside, count, ratios = np.random.default_rng(0), 0, 200, []
     alive = []  # blackboxes that live at the same time draw directions of their own
     for _ in range(count):
         f, x, true = case(generator)
@@ -94,8 +94,13 @@ def test_intervals_hold_the_true_error_as_often_as_they_say(case: Case) -> None:
         # errors are in units of the steps, which are the same for all elements here
         error = float((found - true).norm() / found.norm())
         inside += f.certificate.low <= error <= f.certificate.high
+        ratios.append(f.certificate.relative / error)
+        # of chi-square with 2 degrees of freedom and more
+        assert f.certificate.high <= 6.3 * f.certificate.relative
     # 95 %, up to three standard errors of the count; those that allow for their own noise hold it more often
     assert inside / count >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / count)
+    # the median of a root mean square of 2 normal numbers is sqrt(log 2) = 0.83, up to the noise of 4 elements' slopes
+    assert 0.7 <= np.median(ratios) <= 1.2
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 5, 16])
@@ -256,6 +261,34 @@ def test_a_step_is_withheld_where_its_gradient_is_off(estimator: Estimator, with
     assert withheld == all(map(torch.equal, before, model.parameters()))
     assert (told[0] > 0.3) == withheld
     assert list(handler.certificates) == ["simulator"]
+
+
+def test_the_worst_call_of_a_window_counts_and_what_was_seen_before_does_not() -> None:
+    torch.manual_seed(0)
+    simulator = Simulator()
+    model = nn.Sequential(simulator)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handler = FiniteDifferenceGradients(model, "0", estimator=SPSA(1), certify=1)
+    # the call that is made first, to which backward comes last, has the gradient zero, which is exact
+    exact, wrong = torch.zeros(1, 3), torch.ones(1, 3)
+
+    def step(engine: Engine, batch: Tensor) -> None:
+        optimizer.zero_grad()
+        (0 * model(exact).sum() + model(batch).sum()).backward()
+        engine.fire_event(Events.GET_BATCH_STARTED)
+        optimizer.step()
+
+    trainer = Engine(step)
+    handler.withhold_steps(trainer, Events.GET_BATCH_STARTED, optimizer, above=0.3)
+    weights = [simulator.gains.detach().clone()]
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: weights.append(simulator.gains.detach().clone()))
+    with handler.attach(trainer):
+        trainer.run([wrong])
+    assert torch.equal(weights[0], weights[1])
+    assert not handler._withholding
+    with handler.attach(trainer):
+        trainer.run([wrong])
+    assert not torch.equal(weights[1], weights[2])  # detach has taken it back
 
 
 def test_withholding_needs_certificates() -> None:

@@ -203,6 +203,14 @@ def test_a_module_whose_directions_are_not_random_has_no_state_of_them() -> None
     assert list(Blackbox(Cube(), estimator=CentralDifference()).state_dict()) == ["module.weight"]
 
 
+def test_states_that_are_none_or_of_other_modules() -> None:
+    with pytest.raises(ValueError, match="state_dict must have 'calls' and 'memories', got"):
+        blackbox(torch.sin, estimator=guided(4)).load_state_dict({"weight": 1})
+    handler = FiniteDifferenceGradients(nn.Sequential(Cube()), ["0"])
+    with pytest.raises(ValueError, match=r"modules \['cell'\] that are not among the chosen \['0'\]"):
+        handler.load_state_dict({"cell": {}})
+
+
 def train(steps: int, state: Any = None) -> tuple[list[float], Any]:
     """Weights after each step, and the state of a checkpoint after the last."""
     model = nn.Sequential(Cube())
