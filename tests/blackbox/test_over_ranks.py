@@ -67,6 +67,17 @@ def test_an_error_is_raised_on_both_ranks(case: str, message: str, ranks: Any) -
         assert found[case].startswith(message)
 
 
+def test_a_step_is_withheld_on_all_ranks_where_one_is_off(ranks: Any) -> None:
+    for found in ranks:
+        assert torch.equal(found["withheld_together"], torch.ones(8))
+
+
+def test_certificates_are_those_of_all_ranks(ranks: Any) -> None:
+    first, second = (found["certified_together"] for found in ranks)
+    assert torch.equal(first, second)
+    assert first[1] > 0.1
+
+
 def test_without_a_process_group() -> None:
     f = blackbox(torch.sin, executor=OverRanks())
     with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialized: call"):

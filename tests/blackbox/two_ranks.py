@@ -13,9 +13,17 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 import torch.distributed as dist
+from ignite.engine import Engine, Events
 from torch import Tensor
 
-from ignite_tbptt.blackbox import BlackboxError, CentralDifference, OverRanks, blackbox
+from ignite_tbptt.blackbox import (
+    SPSA,
+    BlackboxError,
+    CentralDifference,
+    FiniteDifferenceGradients,
+    OverRanks,
+    blackbox,
+)
 from tests.blackbox.executor_contract import CASES, gradients
 
 
@@ -79,6 +87,40 @@ def group_of_one(rank: int) -> Any:
     return shared(torch.sin, torch.ones(3), groups[rank])
 
 
+class _Sum(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.gains * x).sum().detach()
+
+
+def withheld_together(rank: int) -> Any:
+    """The gradient of rank 1 alone is off."""
+    model = torch.nn.Sequential(_Sum())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(engine: Engine, x: Tensor) -> None:
+        model(x).backward()
+        engine.fire_event(Events.GET_BATCH_STARTED)
+        optimizer.step()
+
+    trainer = Engine(step)
+    handler = FiniteDifferenceGradients(model, "0", estimator=SPSA(1) if rank else CentralDifference(), certify=1)
+    handler.withhold_steps(trainer, Events.GET_BATCH_STARTED, optimizer, above=0.3)
+    with handler.attach(trainer):
+        trainer.run([torch.ones(8)])
+    return next(model.parameters()).detach()
+
+
+def certified_together(rank: int) -> Any:
+    f = blackbox(lambda x: x.exp().sum(), executor=OverRanks(), estimator=SPSA(2), certify=1)
+    f(torch.ones(9, requires_grad=True)).backward()
+    assert f.certificate is not None
+    return torch.tensor([f.certificate.low, f.certificate.relative, f.certificate.high])
+
+
 OWN: list[Callable[[int], Any]] = [
     each_runs_its_share,
     drawn_on_one_rank,
@@ -86,6 +128,8 @@ OWN: list[Callable[[int], Any]] = [
     other_seeds,
     raises_away_from_x,
     group_of_one,
+    withheld_together,
+    certified_together,
 ]
 
 
