@@ -209,7 +209,8 @@ def noise(points: int) -> None:
                     f(x).backward()
                 y = x.detach().requires_grad_()
                 (true,) = torch.autograd.grad(function(y), y)
-                errors.append(float((x.grad - true).norm() / true.norm()))  # type: ignore[operator]
+                assert x.grad is not None
+                errors.append(float((x.grad - true).norm() / true.norm()))
             middle = statistics.median(errors)
             print(f"{name + f', {sigma:.0e}':<26}{good / points:>16.2f}{middle:>24.1e}", flush=True)
             figure(f"{name} with noise of {sigma:.0e}: noise estimated within 1/4 to 4", good / points)

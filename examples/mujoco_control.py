@@ -147,7 +147,8 @@ def train(model: Controller, generator: torch.Generator, epochs: int, count: int
 
     @trainer.on(Tbptt_Events.TIME_ITERATION_COMPLETED)
     def keep(engine: Engine) -> None:
-        losses.append(float(engine.state.output))  # type: ignore[arg-type]
+        state: Any = engine.state
+        losses.append(float(state.output))
 
     trainer.run(batches(count, generator), max_epochs=epochs)
     return losses

@@ -230,6 +230,7 @@ def blackbox(
             is drawn by tqdm, in terminals alone.
         certify: an estimate of its own error for the first of every so many gradients, 10 say, at about a tenth more
             evaluations: ``certificate`` has the last one. ``Certify(10, tolerance=0.1)`` warns where it is too large.
+            Of many cotangents at once the gradient of the first is meant.
         count: where evaluations are counted; a new one by default.
         evaluator: the old name of `executor`.
 
@@ -280,6 +281,16 @@ def blackbox(
             evaluator=evaluator,
         )
     options = make_options(
-        estimator, executor, in_dims, out_dims, dtype, numpy, repeatable, evaluator, 2, vectorized, progress, certify
+        estimator=estimator,
+        executor=executor,
+        in_dims=in_dims,
+        out_dims=out_dims,
+        numpy=numpy,
+        dtype=dtype,
+        repeatable=repeatable,
+        vectorized=vectorized,
+        progress=progress,
+        certify=certify,
+        evaluator=evaluator,
     )
     return BlackboxFunction(fn, options, EvaluationCount() if count is None else count)

@@ -113,28 +113,17 @@ class FiniteDifferenceGradients:
         self._wrapped = model
         self._model: nn.Module = unwrapped(model)
         self._chosen = None if modules is None else _chosen(self._model, modules)
-        make_options(
-            estimator,
-            executor,
-            in_dims,
-            out_dims,
-            None,
-            False,
-            repeatable,
-            evaluator,
-            2,
-            progress=progress,
-            certify=certify,
-        )
         self._options: dict[str, Any] = {
             "estimator": estimator,
-            "executor": evaluator if executor is None else executor,
+            "executor": executor,
             "in_dims": in_dims,
             "out_dims": out_dims,
             "repeatable": repeatable,
             "progress": progress,
             "certify": certify,
         }
+        make_options(**self._options, evaluator=evaluator)
+        self._options["executor"] = evaluator if executor is None else executor
         self.counts: dict[str, EvaluationCount] = {}
         self.report: GraphCutReport | None = None
         self.logger = setup_logger(__name__ + "." + self.__class__.__name__)

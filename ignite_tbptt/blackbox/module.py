@@ -233,17 +233,14 @@ def bind(
         )
     _refuse_script(module)
     options = make_options(
-        estimator,
-        executor,
-        in_dims,
-        out_dims,
-        None,
-        False,
-        repeatable,
-        evaluator,
-        2,
+        estimator=estimator,
+        executor=executor,
+        in_dims=in_dims,
+        out_dims=out_dims,
+        repeatable=repeatable,
         progress=progress,
         certify=certify,
+        evaluator=evaluator,
     )
     count = EvaluationCount() if count is None else count
     binding = Binding(type(module).__name__ if name is None else name, options, count)
@@ -346,18 +343,17 @@ class Blackbox(nn.Module):
                 f"{type(module_or_fn).__name__}: there is nothing to evaluate; pass it itself, not what it returns"
             )
         self._options = make_options(
-            estimator,
-            executor,
-            in_dims,
-            out_dims,
-            dtype,
-            numpy,
-            repeatable,
-            evaluator,
-            2,
-            vectorized,
-            progress,
-            certify,
+            estimator=estimator,
+            executor=executor,
+            in_dims=in_dims,
+            out_dims=out_dims,
+            numpy=numpy,
+            dtype=dtype,
+            repeatable=repeatable,
+            vectorized=vectorized,
+            progress=progress,
+            certify=certify,
+            evaluator=evaluator,
         )
         self._chosen = estimator
         self.count = EvaluationCount() if count is None else count

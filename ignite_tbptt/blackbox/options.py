@@ -107,15 +107,15 @@ def _on_pool(executor: Any) -> Any:
 
 
 def make_options(
+    *,
     estimator: Estimator | Literal["auto"] | None,
     executor: Executor | Pool | None,
     in_dims: Any,
     out_dims: int | Sequence[int | None] | None,
-    dtype: torch.dtype | None,
-    numpy: bool,
     repeatable: bool,
     evaluator: Executor | None,
-    stacklevel: int,
+    dtype: torch.dtype | None = None,
+    numpy: bool = False,
     vectorized: bool = True,
     progress: bool = False,
     certify: int | Certify | None = None,
@@ -126,7 +126,7 @@ def make_options(
         TypeError: an estimator or executor that is none, or a dtype that is not of floating point.
     """
     if evaluator is not None:
-        warnings.warn("evaluator= is now called executor=", DeprecationWarning, stacklevel=stacklevel + 1)
+        warnings.warn("evaluator= is now called executor=", DeprecationWarning, stacklevel=3)
         executor = evaluator if executor is None else executor
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a torch dtype of floating point, got {dtype!r}: differences need small steps")

@@ -82,4 +82,4 @@ def test_modules_too() -> None:
 
 def test_another_word_is_refused() -> None:
     with pytest.raises(ValueError, match="estimator must be an Estimator or \"auto\", got 'automatic'"):
-        blackbox(total, estimator="automatic")  # type: ignore[call-overload]
+        blackbox(total, estimator="automatic")  # type: ignore[call-overload]  # wrong on purpose

@@ -191,8 +191,8 @@ def test_patterns_are_detected() -> None:
     with pytest.raises(ValueError, match="points must be a whole number of places to look at, at least 1, got 0"):
         detect_sparsity(diffusion, x, points=0)
     with pytest.raises(ValueError, match=r"points must be a whole number .* got 2\.5; 3 finds"):
-        detect_sparsity(diffusion, x, points=2.5)  # type: ignore[arg-type]
+        detect_sparsity(diffusion, x, points=2.5)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(TypeError, match="fn must be callable, got Tensor"):
-        detect_sparsity(x, x)  # type: ignore[arg-type]
+        detect_sparsity(x, x)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(TypeError, match="needs a tensor of floating point"):
         detect_sparsity(lambda x: x, torch.ones(2, dtype=torch.int64))

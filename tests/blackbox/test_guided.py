@@ -158,7 +158,7 @@ def test_numbers_that_leave_nothing_to_look_at(options: dict[str, Any], message:
 
 def test_a_surrogate_that_is_no_function_or_gives_another_shape() -> None:
     with pytest.raises(TypeError, match="surrogate must be a function of an input and its position, got 3"):
-        GuidedDirections(4, surrogate=3)  # type: ignore[arg-type]
+        GuidedDirections(4, surrogate=3)  # type: ignore[arg-type]  # wrong on purpose
     f = linear(normal(5), guided(4, surrogate=lambda x, position: x[:2]))
     with pytest.raises(ValueError, match=r"surrogate gave \(2,\) for the differentiated input 0 of shape \(5,\)"):
         gradient(f, zeros(5))
