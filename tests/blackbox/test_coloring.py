@@ -60,7 +60,7 @@ def test_an_elementwise_function_takes_one() -> None:
 def test_a_dense_pattern_and_a_sparse_matrix() -> None:
     scipy_sparse = pytest.importorskip("scipy.sparse")
     pattern = torch.rand(30, 50, generator=torch.Generator().manual_seed(0)) < 0.05
-    weights = torch.randn(30, 50, dtype=torch.float64) * pattern
+    weights = torch.randn(30, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * pattern
 
     def fn(x: Tensor) -> Tensor:
         return (weights @ x).sin()
