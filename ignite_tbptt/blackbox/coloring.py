@@ -73,11 +73,6 @@ class Coloring:
         """The inputs that an output depends on."""
         return sorted(owner for owner in self.owners[:, output].tolist() if owner < len(self.colors))
 
-    def depends_on(self, chosen: Tensor) -> Tensor:
-        """Which outputs depend on one of the chosen inputs, (outputs,)."""
-        found: Tensor = torch.cat([chosen, chosen.new_zeros(1)])[self.owners].any(0)
-        return found
-
 
 def pattern_of(sparsity: Any) -> Any:
     """A pattern as it is now: what the caller's matrix becomes later has no part in it.

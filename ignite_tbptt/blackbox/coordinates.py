@@ -189,7 +189,8 @@ class Coordinates:
     Args:
         sparsity: which outputs depend on which inputs: a bool tensor or array (outputs, inputs), a matrix of
             scipy.sparse, `banded(k)` or "elementwise"; see `detect_sparsity`. For functions that return one tensor; it
-            is verified at the first gradient and at gradients 2, 4, 8, ...
+            is verified at the first gradient and at gradients 2, 4, 8, ..., unless the function is said to be noisy
+            (``repeatable=False``).
 
     Raises:
         TypeError: sparsity is no pattern; when gradients are taken, a ValueError where its size is another.

@@ -137,10 +137,11 @@ def make_options(
                 f'estimator must be an Estimator or "auto", got {estimator!r}: make one, CentralDifference() say'
             )
         estimator = AutoEstimator()
-    if estimator is not None and (isinstance(estimator, type) or not hasattr(estimator, "plan")):
-        raise TypeError(
-            f"estimator must have a method 'plan', got {estimator!r}: make one by calling it, say CentralDifference()"
-        )
+    if estimator is not None and not isinstance(estimator, Estimator):
+        remedy = "make one by calling it, say CentralDifference()"
+        if hasattr(estimator, "moves") and not isinstance(estimator, type):
+            remedy = f"these are directions, which an estimator takes; give Estimator(directions={estimator!r})"
+        raise TypeError(f"estimator must be an Estimator, got {estimator!r}: {remedy}")
     if certify is not None:
         certify = certify if isinstance(certify, Certify) else Certify(certify)
         if estimator is not None and isinstance(estimator.directions, Gaussian):

@@ -12,14 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.coloring import Sparsity, coloring_of
-from ignite_tbptt.blackbox.coordinates import Coordinates
+from ignite_tbptt.blackbox.coordinates import ColoredMoves, Coordinates
 from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.flat import Outputs, same_bits
-from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_at, key_of
+from ignite_tbptt.blackbox.point import Point, _stacked, _unstacked, evaluate_all, evaluate_at, key_of
 from ignite_tbptt.blackbox.record import Record
 
-__all__ = ["verify"]
+__all__ = ["verify", "verify_pattern"]
+
+# A slope that differs by less than this share from what a pattern foretells is truncation; so many of those that differ
+# most are looked at.
+_PATTERN_TOLERANCE, _PATTERN_ROWS = 1e-4, 4
 
 
 def verify(record: Record, gradients: int) -> Point | None:
@@ -52,9 +55,6 @@ def _ask(point: Point, first: bool) -> None:
         _rows(point)
     elif first and point.floats:
         _look_for_rows(point)
-    sparsity = getattr(record.asked.directions, "sparsity", None)
-    if sparsity is not None and point.floats:
-        _pattern(point, sparsity)
 
 
 def _repeat(point: Point) -> None:
@@ -115,36 +115,62 @@ def _rows(point: Point) -> None:
         record.facts.stackable[key] = _stack(point, moved, one)
 
 
-def _pattern(point: Point, sparsity: Sparsity) -> None:
-    """Move some columns at random, and see whether outputs notice that do not depend on them."""
-    record = point.record
-    moved = [k for k, need in enumerate(record.needed) if need]
-    sizes = [point.x[k].numel() for k in moved]
-    coloring = coloring_of(sparsity, sum(sizes))
-    flat = torch.cat([point.first.tensors[k].flatten() for k in point.floats])
-    rows = coloring.owners.shape[1]
-    if len(flat) != rows:
-        raise ValueError(f"sparsity has {rows} rows, and the outputs of {point.flat.label} have {len(flat)} numbers")
-    density = 1 / (1 + int((coloring.owners < sum(sizes)).sum(0).max()))
+def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]]) -> None:
+    """Compare the slope of every output along one random direction with what its colours foretell.
+
+    Where these differ most, all inputs are moved but those that the pattern names, and an output that notices refutes
+    it. A function that is said to be noisy notices by itself and is not asked.
+
+    Args:
+        point: x of the call.
+        colored: all colours, and the slopes of the output, (colours, *shape).
+
+    Raises:
+        BlackboxError: an output depends on more inputs than the pattern says.
+    """
+    record, moves = point.record, colored[0][0]
+    coloring, block, steps, step_size = moves.coloring, moves.block, moves.steps.cpu(), record.estimator.step_size
+    if not record.options.repeatable or len(point.values) != 1 or point.values[0].numel() != coloring.owners.shape[1]:
+        return
     generator = torch.Generator().manual_seed(record.draw % 2**63)
-    chosen = torch.rand(sum(sizes), generator=generator) < density
-    points = [x.clone() for x in point.x]
-    step_size = record.asked.step_size
-    for position, (k, part) in enumerate(zip(moved, chosen.split(sizes), strict=True)):
-        x = points[k]
-        shift = (point.eps**0.5 * x.abs().clamp(min=1.0)) * part.view(x.shape).to(x)
-        points[k] = step_size.inside(x + shift, position)
-    out = evaluate_at(record, points, "some elements moved, to see whether the pattern holds", 1, point)
-    now = torch.cat([out.tensors[k].flatten() for k in point.floats])
-    changed = ((now != flat) & ~(now.isnan() & flat.isnan())).cpu()
-    wrong = changed & ~coloring.depends_on(chosen)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise BlackboxError(
-            f"sparsity says that output {row} of {point.flat.label} depends on the inputs "
-            f"{coloring.inputs_of(row)[:8]} alone, but it changed when others were moved; "
-            "detect_sparsity(fn, *inputs) finds the pattern, or leave sparsity out"
-        )
+    # no two alike: inputs that move together cannot be told apart
+    random = torch.rand(steps.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
+    random = (random + random.sign()) / 2
+    x = block.x[0].cpu()
+
+    def displaced(along: Tensor) -> list[Tensor]:
+        points = [x.clone() for x in point.x]
+        parts = block.apart((x + along * steps).to(block.x).unsqueeze(0))
+        for k, position, part in zip(block.members, block.positions, parts, strict=True):
+            points[k] = step_size.inside(part.clone(), position)
+        return points
+
+    def outputs(places: Sequence[list[Tensor]]) -> list[Tensor]:
+        found = evaluate_all(point, places, "all inputs moved, to see whether the pattern holds")
+        return [each.tensors[point.floats[0]].flatten().double().cpu() for each in found]
+
+    places = [displaced(random), displaced(-random)]
+    ahead, behind = (block.together([points[k] for k in block.members])[0].double().cpu() for points in places)
+    along = torch.cat([(ahead - behind) / steps, torch.zeros(1, dtype=torch.float64)])
+    shares = torch.cat([slopes.flatten(1).cpu() * along[coloring.owners[some.numbers]] for some, slopes in colored])
+    first = point.values[0].flatten().double().cpu()
+    over, under = outputs(places)
+    missed = (over - under - shares.sum(0)).abs()
+    usual = _PATTERN_TOLERANCE * shares.abs().sum(0) + 64 * point.eps * float(first.abs().nan_to_num(0, 0, 0).amax())
+    doubt = (missed / usual).nan_to_num(0, 0, torch.finfo(torch.float64).max)
+    for row in doubt.topk(min(_PATTERN_ROWS, len(doubt))).indices.tolist():
+        if not doubt[row] > 1:
+            return
+        others = random.clone()
+        others[coloring.inputs_of(row)] = 0
+        # both ways, since a bound may be in one
+        changes = [abs(float(value[row] - first[row])) for value in outputs([displaced(others), displaced(-others)])]
+        if max(changes) > float(missed[row]) / 8:
+            raise BlackboxError(
+                f"sparsity says that output {row} of {point.flat.label} depends on the inputs "
+                f"{coloring.inputs_of(row)[:8]} alone, but it changed when others were moved; "
+                "detect_sparsity(fn, *inputs) finds the pattern, or leave sparsity out"
+            )
 
 
 def _look_for_rows(point: Point) -> None:

@@ -23,12 +23,12 @@ from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
 from ignite_tbptt.blackbox.certificate import certify
 from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.coordinates import Coordinates
-from ignite_tbptt.blackbox.errors import BlackboxError
+from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Moves, all_finite
 from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
-from ignite_tbptt.blackbox.probes import verify
+from ignite_tbptt.blackbox.probes import verify, verify_pattern
 from ignite_tbptt.blackbox.record import Record, autocast_off
 from ignite_tbptt.blackbox.task import ALONE, SerialEvaluation, runs_elsewhere, size_of
 
@@ -168,7 +168,8 @@ def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[
     others = [other for other in others if key_of(other) == key_of(record) and other.draws == record.draws]
     first = record.facts.is_first(key_of(record))
     point = verify(record, 1 + len(others))
-    measure_steps(record, point is not None)
+    due = point is not None
+    measure_steps(record, due)
     if point is not None:
         compare_steps(point, cotangents, first)
     alike = _merged(record, others)
@@ -181,12 +182,28 @@ def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[
     else:
         together = _side_by_side(record, others)
         if len(together) == 1:
-            return _Held(point, []), _streamed(point, _groups(point))
+            streamed = _streamed(point, _groups(point))
+            return _Held(point, []), _with_pattern(point, streamed) if due else streamed
         points = [point, *(Point([other]) for other in together[1:])]
         for each, own, slopes in zip(together, points, _slopes_at_once(points), strict=True):
             each.held = _Held(own, slopes)
     held, record.held = record.held, None
-    return held, held.slopes
+    return held, _with_pattern(held.point, held.slopes) if due else held.slopes
+
+
+def _with_pattern(point: Point, slopes: Any) -> Any:
+    """The same slopes, with which the pattern that they rest on, if any, was verified."""
+    if getattr(point.record.asked.directions, "sparsity", None) is None:
+        return slopes
+    slopes = [(group, list(some)) for group, some in slopes]
+    try:
+        for _, some in slopes:
+            verify_pattern(point, [(slope.moves, slope.outputs[0]) for slope in some])
+    except BlackboxError as error:
+        point.record.facts.forget(key_of(point.record))
+        if not isinstance(error, LostEvaluationError):
+            raise
+    return slopes
 
 
 def _slopes_at_once(points: Sequence[Point]) -> list[list[tuple[Group, list[_Slopes]]]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import SPSA, CentralDifference, Estimator, ForwardDifference
 from ignite_tbptt.blackbox.function import blackbox
+from ignite_tbptt.blackbox.guided import GuidedDirections
 from ignite_tbptt.blackbox.random_directions import Rademacher
 from ignite_tbptt.blackbox.stencil import backward, central
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, BoundedStep, RelativeStep
@@ -293,8 +294,10 @@ def test_second_derivatives() -> None:
 
 
 def test_strategies_of_the_wrong_kind() -> None:
-    with pytest.raises(TypeError, match=r"estimator must have a method 'plan', got .*CentralDifference"):
+    with pytest.raises(TypeError, match=r"estimator must be an Estimator, got .*CentralDifference"):
         blackbox(lambda x: x, estimator=central())  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"these are directions, .* give Estimator\(directions=GuidedDirections\(n=8"):
+        blackbox(lambda x: x, estimator=GuidedDirections(8))  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"executor must be called as map\(function, tasks\) is, got <class"):
         blackbox(lambda x: x, executor=StackedEvaluation)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"dtype must be a torch dtype of floating point, got torch\.int64"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox import (
+    AbsoluteStep,
     BlackboxError,
     BoundedStep,
     CentralDifference,
@@ -118,6 +119,61 @@ def test_a_wrong_pattern_is_refused(wrong: Any) -> None:
         f(x).sum().backward()
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        CentralDifference(sparsity=banded(1)),
+        ForwardDifference(sparsity=banded(1)),
+        CentralDifference(4, sparsity=banded(1)),
+        CentralDifference(step_size=BoundedStep(RelativeStep(), -3.5, 3.5), sparsity=banded(1)),
+        CentralDifference(step_size=AbsoluteStep(0.1), sparsity=banded(1)),
+    ],
+)
+def test_one_entry_that_is_missing_is_found_at_the_first_gradient(estimator: Any) -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(30, dtype=torch.float64, generator=generator).clamp(-3.5, 3.5)
+        x[3], x[7] = 3.5, -3.5  # at the bounds
+        row = int(torch.randint(0, 30, (1,), generator=generator))
+        column = (row + int(torch.randint(2, 29, (1,), generator=generator))) % 30
+
+        def fn(x: Tensor, extra: float, row: int = row, column: int = column) -> Tensor:
+            y = diffusion(x).detach().clone()
+            y[row] += extra * x[column]
+            return y
+
+        x.requires_grad_()
+        blackbox(fn, estimator=estimator)(x, 0.0).sum().backward()
+        with pytest.raises(BlackboxError, match=rf"sparsity says that output {row} of fn depends on .* alone"):
+            blackbox(fn, estimator=estimator)(x, 0.1).sum().backward()
+
+
+def test_rounding_that_spreads_over_all_outputs_is_no_dependence() -> None:
+    turns = torch.exp(2j * torch.pi * torch.fft.rfftfreq(256, dtype=torch.float64))
+    shift = torch.eye(256).roll(1, 1).bool()
+
+    def shifted(x: Tensor) -> Tensor:
+        found: Tensor = torch.fft.irfft(torch.fft.rfft(x) * turns, n=256)
+        return found
+
+    found, truth, _ = gradients(shifted, CentralDifference(sparsity=shift), doubles(256))
+    assert (found - truth).abs().max() <= 1e-9
+
+
+def test_a_noisy_function_with_a_pattern_is_not_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(x: Tensor) -> Tensor:
+        return x.detach() ** 2 + 1e-6 * torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+    x = doubles(10)
+    estimator = CentralDifference(step_size=AbsoluteStep(0.05), sparsity="elementwise")
+    blackbox(noisy, estimator=estimator, repeatable=False)(x).sum().backward()
+    # the noise of a difference over a step of 2 * 0.05, five standard deviations of it
+    assert x.grad is not None
+    assert (x.grad - 2 * x.detach()).abs().max() <= 5 * 2**0.5 * 1e-6 / 0.1
+
+
 def test_the_pattern_is_looked_at_again() -> None:
     coupled = False
 
@@ -140,7 +196,7 @@ def test_what_a_pattern_cannot_be() -> None:
         blackbox(diffusion, estimator=CentralDifference(sparsity=torch.eye(4)))(x).sum().backward()
     with pytest.raises(ValueError, match="sparsity has 5 columns, and there are 4 numbers"):
         blackbox(diffusion, estimator=CentralDifference(sparsity=torch.eye(5).bool()))(x).sum().backward()
-    with pytest.raises(ValueError, match="sparsity has 4 rows, and the outputs of <lambda> have 1 numbers"):
+    with pytest.raises(ValueError, match="sparsity is of 4 outputs, but the function gives 1 tensors of 1 numbers"):
         blackbox(lambda x: x.detach().sum(), estimator=CentralDifference(sparsity="elementwise"))(x).backward()
     y = blackbox(lambda x: x.detach() * 2, estimator=CentralDifference(sparsity="elementwise"), in_dims=0)(
         doubles(4, 3)
