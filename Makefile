@@ -9,7 +9,7 @@ demo: .venv/.ready
 	$(BIN)/python examples/blackbox_regression.py
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -177,9 +177,9 @@ class Problem:
         y: Tensor = functional_call(self._module, dict(zip(self.names, parameters, strict=True)), (x,))
         return y
 
-    def error(self, formula: Formula, dtype: torch.dtype, evaluated_in: torch.dtype | None = None) -> float:
+    def error(self, formula: Formula, dtype: torch.dtype) -> float:
         """The relative error of the gradient that the package gives in this precision."""
-        return relative_error(self.found(formula, dtype, evaluated_in), self.parts(self.gradient))
+        return relative_error(self.found(formula, dtype), self.parts(self.gradient))
 
     def found(self, formula: Formula, dtype: torch.dtype, evaluated_in: torch.dtype | None = None) -> Sequence[Tensor]:
         """The gradient that the package gives in this precision, of the input and of each parameter."""
