@@ -38,8 +38,8 @@ class Facts:
         suited: the estimator of the last gradient.
         measurements: what was measured for them.
         jump: the largest jump of an output that was seen.
-        axes: the batch axes of the arguments of the last call, and its shapes.
-        out_axes: likewise of its outputs.
+        inputs: what was settled of the arguments of the last call.
+        outputs: likewise of its outputs.
         measures: whether steps are measured though nobody asked for it, because the default one does not suit.
         certificates: of the last gradients that were certified.
         certified: how many gradients there were, where some are certified.
@@ -58,8 +58,8 @@ class Facts:
         self.measurements: dict[Any, Any] = {}
         self.measures = False
         self.jump = 0.0
-        self.axes: tuple[Any, Any] = (None, None)
-        self.out_axes: tuple[Any, Any] = (None, None)
+        self.inputs: Any = None
+        self.outputs: Any = None
         self._gradients: dict[Any, int] = {}
         self._memories: dict[str, list[Tensor]] = {}
         self._number = 0

@@ -270,12 +270,13 @@ class FlatCall:
         """Which modules among the arguments are training."""
         return tuple(state.flags for state in self.states)
 
-    @property
-    def shapes(self) -> Any:
-        """Of all tensors, where these are all that the batch axes depend on; else None."""
-        return (self._own, [tensor.shape for tensor in self.tensors]) if self._only_tensors else None
+    def kinds(self, tensors: Sequence[Tensor], autocast: bool) -> Any:
+        """Equal in calls of one blackbox that differ in numbers alone; None where more than the tensors counts."""
+        if not self._only_tensors:
+            return None
+        return (self._own, autocast, [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
 
-    def bound(self, in_dims: Any) -> tuple[int | None, ...]:
+    def bound(self, in_dims: Any, tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
         """One batch axis, or None, for each tensor; keyword arguments and parameters have none.
 
         Raises:
@@ -288,7 +289,7 @@ class FlatCall:
         entries: Any = (in_dims,) * self._count if isinstance(in_dims, int) else in_dims
         if not isinstance(entries, tuple) or len(entries) != self._count:
             raise self._mismatch(in_dims)
-        dims: list[int | None] = [None] * len(self.tensors)
+        dims: list[int | None] = [None] * len(tensors)
         if self._only_tensors:
             for k, dim in enumerate(entries, self._own):
                 if isinstance(dim, (tuple, list, dict)):
@@ -298,7 +299,7 @@ class FlatCall:
         else:
             for dim, arg in zip(entries, self._args, strict=True):
                 self._spread(dim, arg, dims, in_dims)
-        return self._checked(dims)
+        return self._checked(dims, tensors)
 
     def _spread(self, dim: Any, arg: Any, dims: list[int | None], in_dims: Any) -> None:
         """Give every tensor below an argument the entry that stands for it."""
@@ -337,10 +338,10 @@ class FlatCall:
             "a tuple with an entry for each, None for one that has no rows"
         )
 
-    def _checked(self, dims: list[int | None]) -> tuple[int | None, ...]:
+    def _checked(self, dims: list[int | None], tensors: Sequence[Tensor]) -> tuple[int | None, ...]:
         """Batch axes, none of them negative, all of one size."""
         first = None
-        for k, (dim, tensor) in enumerate(zip(dims, self.tensors, strict=True)):
+        for k, (dim, tensor) in enumerate(zip(dims, tensors, strict=True)):
             if dim is None:
                 continue
             if not -tensor.dim() <= dim < tensor.dim():

@@ -31,9 +31,9 @@ _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 def called(record: Record) -> Any:
     """Call a blackbox in a way that autograd can differentiate; returns the nest that it returned."""
     tensors, record.flat.tensors = record.flat.tensors, []
-    _refuse_complex(record, tensors)
+    wanted = _wants_gradient(record, tensors) and torch.is_grad_enabled()
     transformed = torch._C._are_functorch_transforms_active()
-    if transformed or _wants_gradient(tensors) or any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if wanted or transformed or any(unpack_dual(tensor).tangent is not None for tensor in tensors):
         record.differentiable = True
         function = _UnderTransforms if transformed else _FiniteDifferences
         flat = function.apply(record, None, *tensors)  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ def called(record: Record) -> Any:
 def with_known_outputs(record: Record, value: Any, streams: RandomStreams) -> Any:
     """Give outputs that were computed already a gradient."""
     tensors, record.flat.tensors = record.flat.tensors, []
-    _refuse_complex(record, tensors)
+    _wants_gradient(record, tensors)
     record.differentiable = True
     if torch._C._are_functorch_transforms_active():
         flat = _UnderTransforms.apply(record, None, *tensors)  # type: ignore[no-untyped-call]
@@ -55,17 +55,22 @@ def with_known_outputs(record: Record, value: Any, streams: RandomStreams) -> An
     return record.outputs.rebuilt(flat)
 
 
-def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _wants_gradient(record: Record, tensors: Sequence[Tensor]) -> bool:
+    """Whether some tensor requires grad.
 
-
-def _refuse_complex(record: Record, tensors: Sequence[Tensor]) -> None:
+    Raises:
+        TypeError: a complex one does.
+    """
+    found = False
     for k, tensor in enumerate(tensors):
-        if tensor.is_complex() and tensor.requires_grad:
-            raise TypeError(
-                f"{record.flat.name(k)} of {record.flat.label} is complex and requires grad: steps are taken along "
-                "real numbers; pass torch.view_as_real(input) and put the parts together inside the function"
-            )
+        if tensor.requires_grad:
+            found = True
+            if tensor.is_complex():
+                raise TypeError(
+                    f"{record.flat.name(k)} of {record.flat.label} is complex and requires grad: steps are taken along "
+                    "real numbers; pass torch.view_as_real(input) and put the parts together inside the function"
+                )
+    return found
 
 
 class _FiniteDifferences(torch.autograd.Function):
@@ -106,7 +111,7 @@ class _FiniteDifferences(torch.autograd.Function):
                 found = tangents(call, along)
         else:
             found = tangents(call, along)
-        return tuple(None if t is None else t.to(*kind) for t, kind in zip(found, ctx.kinds, strict=True))
+        return tuple(None if t is None else t.to(*kind) for t, kind in zip(found, call.given, strict=True))
 
 
 def _below(tensor: Tensor, label: str) -> Tensor:
@@ -173,7 +178,7 @@ class _UnderTransforms(_FiniteDifferences):
             ]
             one = record.again()
             found.append(_UnderTransforms.apply(one, None, *entry))  # type: ignore[no-untyped-call]
-            record.outputs = one.outputs
+            record.outputs, record.given, record.integers = one.outputs, one.given, one.integers
         stacked = tuple(torch.stack(same) for same in zip(*found, strict=True))
         return stacked, (0,) * len(stacked)
 
@@ -183,10 +188,8 @@ def _remember(ctx: Any, record: Record, tensors: Sequence[Tensor], output: tuple
     record.remember(tensors)
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
-    ctx.kinds = [(tensor.device, tensor.dtype) for tensor in output]
-    integers = [tensor for tensor in output if not tensor.is_floating_point()]
-    if integers:
-        ctx.mark_non_differentiable(*integers)
+    if record.integers:
+        ctx.mark_non_differentiable(*[output[k] for k in record.integers])
 
 
 def refuse_second_derivatives(

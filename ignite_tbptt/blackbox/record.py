@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,40 @@ from ignite_tbptt.random_streams import RandomStreams
 __all__ = ["Record", "autocast_off"]
 
 
+class _Inputs(NamedTuple):
+    """What calls have in common whose tensors are of the same kinds.
+
+    Attributes:
+        kinds: of the tensors, None where more than these counts.
+        in_dims: the batch axis of each, where rows are independent.
+        needed: whether each needs a gradient.
+        casts: whether one of them is evaluated in another precision, or elsewhere.
+    """
+
+    kinds: Any
+    in_dims: tuple[int | None, ...] | None
+    needed: list[bool]
+    casts: bool
+
+
+class _Outputs(NamedTuple):
+    """What the outputs of such calls have in common.
+
+    Attributes:
+        kinds: of the tensors that came in and out, None where more than these counts.
+        out_dims: the batch axis of each output, where rows are independent.
+        given: the device and precision of each output as the caller gets it.
+        casts: whether these are not those in which it came.
+        integers: which outputs cannot be differentiated.
+    """
+
+    kinds: Any
+    out_dims: list[int] | None
+    given: list[tuple[torch.device, torch.dtype]]
+    casts: list[bool]
+    integers: list[int]
+
+
 class Record:
     """One forward call.
 
@@ -37,23 +71,16 @@ class Record:
         facts: what was verified of this blackbox.
     """
 
+    outputs: Outputs  # as the forward gave them
+    first: Outputs | None = None  # in the precision of the evaluations
+    streams: RandomStreams | None = None
+    differentiable = draws = False
+    by_hook = False  # the forward was not one of the evaluations
+    number = times = 0
+    held: Any = None  # slopes of outputs that an earlier backward has left here
+
     def __init__(self, flat: FlatCall, options: Options, count: EvaluationCount, facts: Facts) -> None:
         self.flat, self.options, self.count, self.facts = flat, options, count, facts
-        self.differentiable = False
-        self.outputs: Outputs  # as the forward gave them
-        self.first: Outputs | None = None  # in the precision of the evaluations
-        self.streams: RandomStreams | None = None
-        self.draws = False
-        self.by_hook = False  # the forward was not one of the evaluations
-        self.out_dims: list[int] | None = None
-        self.number = self.times = 0
-        self.shapes: Any = None  # of all tensors, where batch axes depend on these alone
-        self.held: Any = None  # slopes of outputs that an earlier backward has left here
-        if options.in_dims is not None:
-            axes, self.shapes = facts.axes, flat.shapes
-            if self.shapes is None or axes[0] != self.shapes:
-                axes = facts.axes = self.shapes, flat.bound(options.in_dims)
-            flat.in_dims = axes[1]
 
     def again(self) -> Record:
         """A record for another entry of a vmapped call."""
@@ -63,7 +90,7 @@ class Record:
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Evaluate at x; returns the numbers in the output."""
-        self._prepare(tensors)
+        self._settle(tensors)
         if not self.differentiable:
             return self._finish(self._evaluated(tensors)[0], tensors)
         with ALONE:
@@ -75,7 +102,7 @@ class Record:
 
     def known(self, value: Any, streams: RandomStreams, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Take outputs that were computed already, and the random streams from before they were."""
-        self._prepare(tensors)
+        self._settle(tensors)
         self.by_hook = True
         outputs = Outputs.of(value, self.flat.label)
         self._drew(streams, streams.have_moved())
@@ -122,16 +149,23 @@ class Record:
         self.streams, self.draws = streams, draws
         self.facts.draws = self.draws or bool(self.facts.draws)
 
-    def _prepare(self, tensors: Sequence[Tensor]) -> None:
+    def _settle(self, tensors: Sequence[Tensor]) -> None:
+        """Settle what depends on the kinds of the tensors alone, as it was in the last call of the same kinds."""
+        facts, flat, options = self.facts, self.flat, self.options
         # what is evaluated with autocast off differs from what the module itself computed under it
         self.autocast = _any_autocast(tensors)
-        self.needed = [tensor.requires_grad for tensor in tensors]
-        dtype, device = self.options.dtype, self.options.device
-        self._casts = (
-            self.autocast
-            or (dtype is not None and any(tensor.dtype != dtype for tensor in tensors))
-            or (device is not None and any(tensor.device.type != device for tensor in tensors))
-        )
+        kinds, known = flat.kinds(tensors, self.autocast), facts.inputs
+        if known is None or kinds is None or known.kinds != kinds:
+            dtype, device = options.dtype, options.device
+            known = facts.inputs = _Inputs(
+                kinds,
+                None if options.in_dims is None else flat.bound(options.in_dims, tensors),
+                [tensor.requires_grad for tensor in tensors],
+                self.autocast
+                or (dtype is not None and any(tensor.dtype != dtype for tensor in tensors))
+                or (device is not None and any(tensor.device.type != device for tensor in tensors)),
+            )
+        self.kinds, flat.in_dims, self.needed, self._casts = known
 
     def _evaluated(self, tensors: Sequence[Tensor]) -> tuple[Outputs, Result]:
         with autocast_off(tensors) if self.autocast else contextlib.nullcontext():
@@ -190,26 +224,38 @@ class Record:
 
     def _finish(self, outputs: Outputs, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Output tensors in the precision and on the device that the caller uses, in memory of their own."""
-        self.outputs = outputs
+        self.outputs, facts = outputs, self.facts
         if outputs.passed:
-            self.facts.name_passed(self.flat.label, outputs.passed)
-        if self.flat.in_dims is not None:
-            axes, shapes = self.facts.out_axes, (self.shapes, [(t.shape, t.dtype) for t in outputs.tensors])
-            if self.shapes is None or axes[0] != shapes:
-                axes = self.facts.out_axes = shapes, self._checked_out_dims(tensors)
-            self.out_dims = axes[1]
+            facts.name_passed(self.flat.label, outputs.passed)
+        kinds = self.kinds and (self.kinds, outputs.foreign, [(t.shape, t.dtype, t.device) for t in outputs.tensors])
+        known = facts.outputs
+        if known is None or kinds is None or known.kinds != kinds:
+            given = self._given(outputs, tensors)
+            known = facts.outputs = _Outputs(
+                kinds,
+                None if self.flat.in_dims is None else self._checked_out_dims(tensors),
+                given,
+                [(t.device, t.dtype) != kind for t, kind in zip(outputs.tensors, given, strict=True)],
+                [k for k, tensor in enumerate(outputs.tensors) if not tensor.is_floating_point()],
+            )
+        _, self.out_dims, self.given, casts, self.integers = known
+        return tuple(
+            [
+                tensor.to(device=device, dtype=dtype, copy=True) if cast else tensor.clone()
+                for tensor, (device, dtype), cast in zip(outputs.tensors, self.given, casts, strict=True)
+            ]
+        )
+
+    def _given(self, outputs: Outputs, tensors: Sequence[Tensor]) -> list[tuple[torch.device, torch.dtype]]:
+        """The device and precision of each output as the caller gets it."""
         recast = self.options.dtype is not None or self.options.device is not None
-        if not recast and not any(outputs.foreign):
-            return tuple([tensor.clone() for tensor in outputs.tensors])
         floats = [dtype for dtype in {tensor.dtype for tensor in tensors} if dtype.is_floating_point]
         dtype = functools.reduce(torch.promote_types, floats) if floats else torch.get_default_dtype()
         device = tensors[0].device if tensors else torch.device("cpu")
-        return tuple(
-            [
-                _recast(tensor, dtype, device) if foreign or recast else tensor.clone()
-                for tensor, foreign in zip(outputs.tensors, outputs.foreign, strict=True)
-            ]
-        )
+        return [
+            (device, dtype if t.is_floating_point() else t.dtype) if recast or foreign else (t.device, t.dtype)
+            for t, foreign in zip(outputs.tensors, outputs.foreign, strict=True)
+        ]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None, device: str | None, autocast: bool) -> Tensor:
@@ -221,15 +267,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, device: str | None, autocas
     if dtype is None or dtype == tensor.dtype:
         return tensor.clone() if device is None or tensor.device.type == device else tensor.to(device)
     return tensor.to(device=device or tensor.device, dtype=dtype)
-
-
-def _recast(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An output as the caller gets it, in memory of its own."""
-    if not tensor.is_floating_point():
-        dtype = tensor.dtype
-    if tensor.dtype == dtype and tensor.device == device:
-        return tensor.clone()
-    return tensor.to(device=device, dtype=dtype, copy=True)
 
 
 def _any_autocast(tensors: Sequence[Tensor]) -> bool:

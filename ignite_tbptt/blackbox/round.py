@@ -164,9 +164,10 @@ def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | No
 
 def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[Tensor | None]) -> tuple[_Held, Any]:
     """Evaluate the records together that can be, and leave the slopes of the others with them."""
+    key = key_of(record)
     others = [other for other in reachable if other is not record and other.held is None and other.unchanged]
-    others = [other for other in others if key_of(other) == key_of(record) and other.draws == record.draws]
-    first = record.facts.is_first(key_of(record))
+    others = [other for other in others if key_of(other) == key and other.draws == record.draws]
+    first = record.facts.is_first(key)
     point = verify(record, 1 + len(others))
     due = point is not None
     measure_steps(record, due)
@@ -277,16 +278,19 @@ def _merged(record: Record, others: Sequence[Record]) -> list[Record]:
 
 def _fits(record: Record, other: Record) -> bool:
     """Whether what all rows share is the same, and rows are of one shape."""
-    alike = record.shapes is not None and record.shapes == other.shapes
-    for dim, one, two, v1, v2 in zip(
-        record.flat.in_dims or (), record.tensors, other.tensors, record.versions, other.versions, strict=True
-    ):
-        if dim is None:
-            if one.data_ptr() != two.data_ptr() or v1 != v2 or one.shape != two.shape or one.stride() != two.stride():
-                return False
-        elif not alike and (one.shape[:dim] != two.shape[:dim] or one.shape[dim + 1 :] != two.shape[dim + 1 :]):
+    in_dims = record.flat.in_dims or ()
+    shared = [k for k, dim in enumerate(in_dims) if dim is None]
+    for one, two in ((record.tensors[k], other.tensors[k]) for k in shared):
+        if one.data_ptr() != two.data_ptr() or one.shape != two.shape or one.stride() != two.stride():
             return False
+    if any(record.versions[k] != other.versions[k] for k in shared):
+        return False
+    if record.given is other.given:  # inputs and outputs of the same kinds, as it was settled
+        return True
+    for dim, one, two in zip(in_dims, record.tensors, other.tensors, strict=True):
         if one.dtype != two.dtype or one.device != two.device:
+            return False
+        if dim is not None and (one.shape[:dim] != two.shape[:dim] or one.shape[dim + 1 :] != two.shape[dim + 1 :]):
             return False
     if record.autocast != other.autocast:
         return False

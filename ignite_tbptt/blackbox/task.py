@@ -66,11 +66,10 @@ class _Alone:
     def release(self) -> None:
         self._locks[_LEVEL.now].release()
 
-    def __enter__(self) -> None:
-        self.acquire()
+    __enter__ = acquire
 
     def __exit__(self, *error: object) -> None:
-        self.release()
+        self._locks[_LEVEL.now].release()
 
 
 ALONE = _Alone()

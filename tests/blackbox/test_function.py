@@ -312,6 +312,15 @@ def test_vmap_calls_once_for_each_entry() -> None:
     assert relative_error(grad(y, x, w), grad((x * w).sin(), x, w)) <= NEAR
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_are_those_of_an_entry_under_vmap(axis: int) -> None:
+    x = doubles(4, 3, 2)
+    wrapped = blackbox(lambda x: {"y": x.sin().detach()}, in_dims=axis, out_dims=axis)
+    y = torch.vmap(wrapped)(x)["y"]
+    assert relative_error(grad(y, x), grad(x.sin(), x)) <= NEAR
+    assert wrapped.nfev == 4 * 2 * (6 // (3, 2)[axis])
+
+
 def test_transforms_that_would_hand_it_no_numbers_are_refused() -> None:
     f = blackbox(lambda x: x.detach().sin())
     with pytest.raises(BlackboxError, match=r"cannot be taken inside torch\.func or torch\.vmap"):
