@@ -49,17 +49,27 @@ class RandomStreams:
     python: Any
 
     @classmethod
-    def now(cls, before: RandomStreams | None = None) -> RandomStreams:
-        """Hold the present state of every stream.
+    def now(cls) -> RandomStreams:
+        """Hold the present state of every stream."""
+        return cls._with_numpy(np.random.get_state())
 
-        Args:
-            before: streams held earlier. What numpy's were is taken from there if they have not been drawn from since,
-                because to ask numpy takes 40 us. Only a state that was set by hand meanwhile, of the same words but
-                with a normal number kept for later, is not told from it.
+    @classmethod
+    def latest(cls) -> RandomStreams:
+        """The present state, taken from the last one that was asked for here as far as nothing has moved since.
+
+        To ask numpy takes 40 us, and to see that nothing has moved a tenth of that.
         """
+        if not _LATEST:
+            _LATEST[:] = [cls.now()]
+        elif (last := _LATEST[0]).have_moved():
+            seen = _numpy_marks()
+            still = seen is not None and seen == last._marks[1]
+            _LATEST[:] = [cls._with_numpy(last.numpy_legacy if still else np.random.get_state())]
+        return _LATEST[0]
+
+    @classmethod
+    def _with_numpy(cls, legacy: Any) -> RandomStreams:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        known = before is not None and before._marks[1] is not None and before._marks[1] == _numpy_marks()
-        legacy = before.numpy_legacy if before is not None and known else np.random.get_state()
         return cls(torch.get_rng_state(), cuda, legacy, random.getstate())
 
     @functools.cached_property
@@ -67,27 +77,19 @@ class RandomStreams:
         """What is seen in memory where the streams of torch, numpy and Python stand here, None where more counts.
 
         The position within a state and its second word, which is new where the position comes round, and where it is
-        set; the first is 2^31 after every seed. Normal numbers are made in pairs, of which the second is kept outside
-        of the words: but where none was kept, these have to move before one is drawn.
+        set; the first is 2^31 after every seed. Normal numbers are made in pairs: with it comes the one that is kept.
         """
-        state = self.torch_cpu.numpy().tobytes()
+        if _TORCH is None:
+            return None, None, None
+        position, word, kept, is_kept, single, is_single = struct.unpack(_TORCH_STATE, self.torch_cpu.numpy().tobytes())
         legacy, words = self.numpy_legacy, self.python[1]
         return (
-            None if any(state[_NORMAL:]) else struct.unpack_from("<QxxxxxxxxQ", state, _POSITION),
-            None if legacy[0] != "MT19937" or legacy[3] else (int(legacy[2]), int(legacy[1][1])),
+            (position, word, kept if is_kept else None, single if is_single else None),
+            (int(legacy[2]), int(legacy[1][1]), float(legacy[4]) if legacy[3] else None)
+            if legacy[0] == "MT19937"
+            else None,
             (words[-1], words[1], self.python[2]),
         )
-
-    @classmethod
-    def latest(cls) -> RandomStreams:
-        """The present state, taken from the last one that was asked for here where nothing has moved since.
-
-        A state of numpy's that was set by hand, of the same words but with a normal number kept for later, is not told
-        from the last one: use `now` for whoever draws.
-        """
-        if not _LATEST or _LATEST[0].have_moved():
-            _LATEST[:] = [cls.now()]
-        return _LATEST[0]
 
     def have_moved(self) -> bool:
         """Whether any stream was drawn from, or set, since."""
@@ -133,38 +135,85 @@ def _marks_in_memory() -> tuple[Any, Any, Any]:
     """See `RandomStreams._marks`; to ask for all states takes 50 us."""
     if _TORCH is None or _PYTHON is None:
         return None, None, None
+    words, kept, single = _TORCH
     return (
-        (_TORCH[0], _TORCH[2]),
+        (words[0], words[2], kept.now, single.now),
         _numpy_marks(),
         (_PYTHON[0], _PYTHON[2], random._inst.gauss_next),  # type: ignore[attr-defined]
     )
 
 
-def _numpy_marks() -> tuple[int, int] | None:
+def _numpy_marks() -> tuple[int, int, float | None] | None:
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if _NUMPY[0] is not generator:
-        found = type(generator) is np.random.MT19937
+        found = type(generator) is np.random.MT19937 and _NUMPY_KEPT is not None
         _NUMPY[:] = generator, _Twister.from_address(generator.ctypes.state_address) if found else None
     words = _NUMPY[1]
-    return None if words is None else (words[624], words[1])
+    return None if words is None or _NUMPY_KEPT is None else (words[624], words[1], _NUMPY_KEPT.now)
+
+
+class _Kept:
+    """A normal number that a generator in memory keeps for later."""
+
+    def __init__(self, number: Any, flag: Any) -> None:
+        self._number, self._flag = number, flag
+
+    @property
+    def now(self) -> float | None:
+        return self._number.value if self._flag.value else None
 
 
 def _torch_in_memory() -> Any:
-    """The position and the words of torch's CPU generator in memory; None where they do not lie as in torch 2.13."""
+    """The position and the words of torch's CPU generator in memory, and the normal numbers that it keeps.
+
+    None where they do not lie as in torch 2.13.
+    """
     with contextlib.suppress(Exception):  # whatever another torch makes of an address
         trial = torch.Generator()
         torch.rand(3, generator=trial)
         state = trial.get_state().numpy().tobytes()
-        position, *words = struct.unpack_from("<Q8Q", state, _POSITION)
+        position, *words = struct.unpack_from("<Q8Q", state, 16)
         memory = (ctypes.c_uint32 * 64).from_address(trial._cdata)  # type: ignore[attr-defined]
         start = next(k for k in range(1, 56) if [*memory[k - 1 : k + 8]] == [position, *words])
         torch.rand(1, generator=trial)
-        if memory[start - 1] != position + 1 or any(state[_NORMAL:]):
+        if memory[start - 1] != position + 1:
             return None
-        torch.randn(1, generator=trial)  # one more normal number is kept
-        if any(trial.get_state().numpy().tobytes()[_NORMAL:]):
-            address = torch.default_generator._cdata + 4 * (start - 1)  # type: ignore[attr-defined]
-            return (ctypes.c_uint32 * 3).from_address(address)
+        keeping = struct.pack("<ddd?7xf?3x", 0.0, 0.375, 0.0, True, 0.625, True)  # in the state from its byte 5016 on
+        trial.set_state(torch.frombuffer(bytearray(state[:5016] + keeping), dtype=torch.uint8))
+        behind = 4 * (start + 624)
+        after = ctypes.string_at(trial._cdata + behind, 32)  # type: ignore[attr-defined]
+        kept, single = after.index(struct.pack("<d", 0.375)), after.index(struct.pack("<f", 0.625))
+        flags = kept + 8, single + 4
+        trial.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        without = ctypes.string_at(trial._cdata + behind, 32)  # type: ignore[attr-defined]
+        if any(after[flag] != 1 or without[flag] != 0 for flag in flags):
+            return None
+        address = torch.default_generator._cdata + 4 * (start - 1)  # type: ignore[attr-defined]
+        behind += torch.default_generator._cdata  # type: ignore[attr-defined]
+        return (
+            (ctypes.c_uint32 * 3).from_address(address),
+            _Kept(ctypes.c_double.from_address(behind + kept), ctypes.c_uint8.from_address(behind + flags[0])),
+            _Kept(ctypes.c_float.from_address(behind + single), ctypes.c_uint8.from_address(behind + flags[1])),
+        )
+    return None
+
+
+def _numpy_kept_in_memory() -> _Kept | None:
+    """The normal number that numpy's global generator keeps; None where it does not lie as in numpy 2."""
+    with contextlib.suppress(Exception):  # whatever another numpy makes of an address
+        trial = np.random.RandomState(0)
+        legacy: Any = trial.get_state()
+        seen = []
+        for flag in (1, 0):
+            trial.set_state((*legacy[:3], flag, 0.375))
+            seen.append(ctypes.string_at(id(trial), type(trial).__basicsize__))
+        kept = seen[0].index(struct.pack("<d", 0.375))
+        if [int.from_bytes(memory[kept - 8 : kept - 4], "little") for memory in seen] != [1, 0]:
+            return None
+        shared = np.random.get_state.__self__  # type: ignore[attr-defined]
+        if type(shared) is np.random.RandomState:
+            address = id(shared) + kept
+            return _Kept(ctypes.c_double.from_address(address), ctypes.c_int32.from_address(address - 8))
     return None
 
 
@@ -179,11 +228,12 @@ def _python_in_memory() -> Any:
 
 
 _LATEST: list[RandomStreams] = []
-# where in the bytes of torch's state the position in the words, and normal numbers that are kept, begin
-_POSITION, _NORMAL = 16, 5040
+# the position, the second word, and the normal numbers that are kept, in the bytes of torch's state
+_TORCH_STATE = "<16xQ8xQ4984xd8x?7xf?3x"
 _TORCH = _torch_in_memory()
 _NUMPY: list[Any] = [None, None]
 _Twister = ctypes.c_uint32 * 625
+_NUMPY_KEPT = _numpy_kept_in_memory() if sys.implementation.name == "cpython" else None
 _PYTHON = _python_in_memory() if sys.implementation.name == "cpython" else None
 
 

@@ -46,12 +46,11 @@ class Recompute:
     def __init__(self, *roots: Any) -> None:
         self._roots = roots
         self._state: ModelState | None = None
-        self._streams: RandomStreams | None = None
         self._parameters: dict[Tensor, str] = {}
         self._fits_one_node = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_state": None, "_streams": None, "_parameters": {}}
+        return {**vars(self), "_state": None, "_parameters": {}}
 
     def __call__(self, function: Callable[..., Any], x: Any, y: Any, hidden: Any, *rest: Any) -> Any:
         """Return ``function(x, y, hidden, *rest)``, whose graph holds these arguments and the results alone.
@@ -68,12 +67,12 @@ class Recompute:
         self._state = state = ModelState.of(*roots) if self._state is None else self._state.now(*roots)
         if state.lazy or not torch.is_grad_enabled():
             return function(x, y, hidden, *rest)
-        self._streams = RandomStreams.now(self._streams)
+        streams = RandomStreams.latest()
         if not self._parameters:
             self._parameters = {tensor: name for name, tensor in parameters_of(*self._roots)}
         read_only = {**dict.fromkeys(nest.tensors((x, y)), "the input or the target"), **self._parameters}
         before = _versions(read_only)
-        segment = _Segment(function, (x, y, hidden, *rest), _Again(state, self._streams))
+        segment = _Segment(function, (x, y, hidden, *rest), _Again(state, streams))
         results = self._run(segment, state)
         for (tensor, name), was, now in zip(read_only.items(), before, _versions(read_only), strict=True):
             if was != now:

@@ -73,13 +73,26 @@ def test_a_state_that_numpy_is_set_back_to_is_held_as_it_is_though_its_words_are
     np.random.standard_normal()  # of a pair; the other is kept
     keeping = np.random.get_state()
     np.random.standard_normal()  # the other: no word of the twister changes
-    earlier = RandomStreams.now()
+    RandomStreams.latest()
     np.random.set_state(keeping)
-    streams = RandomStreams.now()
+    streams = RandomStreams.latest()
     first = np.random.standard_normal()
     assert streams.have_moved()
     with streams.replayed():
         assert np.random.standard_normal() == first
-    assert RandomStreams.now(earlier).numpy_legacy is earlier.numpy_legacy
-    np.random.rand()
-    assert RandomStreams.now(earlier).numpy_legacy is not earlier.numpy_legacy
+
+
+def test_what_has_not_moved_is_taken_from_the_last_state() -> None:
+    np.random.seed(0)
+    last = RandomStreams.latest()
+    assert RandomStreams.latest() is last
+    torch.rand(1)
+    after = RandomStreams.latest()
+    assert after is not last
+    assert after.numpy_legacy is last.numpy_legacy
+    np.random.standard_normal()
+    keeping = RandomStreams.latest()
+    np.random.standard_normal()  # the other of the pair: no word moves
+    assert RandomStreams.latest().numpy_legacy is not keeping.numpy_legacy
+    np.random.set_state(keeping.numpy_legacy)
+    assert not keeping.have_moved()

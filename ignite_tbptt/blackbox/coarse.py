@@ -25,6 +25,7 @@ from ignite_tbptt.blackbox.point import Point, evaluate_at, key_of
 from ignite_tbptt.blackbox.random_directions import Gaussian
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import RelativeStep, unbounded
+from ignite_tbptt.random_streams import RandomStreams
 from ignite_tbptt.warn import warn
 
 __all__ = ["compare_steps"]
@@ -80,7 +81,7 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
     used = [(k, v.double()) for k in point.floats if (v := cotangents[k]) is not None and bool(torch.isfinite(v).all())]
     if not needed or not used:
         return
-    before, drawn = record.facts.streams(), record.count.drawn
+    before, drawn = RandomStreams.latest(), record.count.drawn
     wanted = min(_SAMPLE, sum(point.x[k].numel() for k in needed)) if first else 1
     for turn in range(record.number, record.number + wanted):
         k = needed[turn % len(needed)]

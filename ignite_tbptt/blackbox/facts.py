@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
-from ignite_tbptt.random_streams import RandomStreams
 from ignite_tbptt.warn import warn
 
 __all__ = ["Facts"]
@@ -43,14 +42,12 @@ class Facts:
         measures: whether steps are measured though nobody asked for it, because the default one does not suit.
         certificates: of the last gradients that were certified.
         certified: how many gradients there were, where some are certified.
-        draws: whether some evaluation drew random numbers; None before the first.
     """
 
     def __init__(self, identity: str) -> None:
         self.stackable: dict[Any, bool] = {}
         self.told: set[Any] = set()
         self.calls: dict[int, Any] = {}
-        self.draws: bool | None = None
         self.certificates: deque[Any] = deque(maxlen=4096)
         self.certified = 0
         self.step_sizes: dict[Any, Any] = {}
@@ -83,10 +80,6 @@ class Facts:
         twin._gradients = dict(self._gradients)
         twin._memories = {key: list(memory) for key, memory in self._memories.items()}
         return twin
-
-    def streams(self) -> RandomStreams:
-        """Where the random streams stand, worked out in full for whoever may draw."""
-        return RandomStreams.latest() if self.draws is False else RandomStreams.now()
 
     def memory(self, positions: Sequence[int]) -> list[Tensor]:
         """What directions remember of the differentiated inputs at some positions."""

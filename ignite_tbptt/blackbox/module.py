@@ -115,7 +115,7 @@ class Binding:
         self._warn_once_of_hidden_gradients(module, captured.state)
         copies = nest.map_tensors(torch.clone, args), nest.map_tensors(torch.clone, kwargs) if kwargs else {}
         ALONE.acquire()  # until `finish`: nobody else draws random numbers meanwhile
-        waiting.append(_Begun(captured, self._facts.streams(), args, kwargs))
+        waiting.append(_Begun(captured, RandomStreams.latest(), args, kwargs))
         return copies
 
     @outside_compiled_code

@@ -94,7 +94,7 @@ class Record:
         if not self.differentiable:
             return self._finish(self._evaluated(tensors)[0], tensors)
         with ALONE:
-            streams = self.facts.streams()
+            streams = RandomStreams.latest()
             outputs, result = self._evaluated(tensors)
             self._drew(streams, result.drew_since(streams))
         self.first = outputs
@@ -147,7 +147,6 @@ class Record:
     def _drew(self, streams: RandomStreams, draws: bool) -> None:
         """Hold the streams as they were before an evaluation, and whether it drew from them."""
         self.streams, self.draws = streams, draws
-        self.facts.draws = self.draws or bool(self.facts.draws)
 
     def _settle(self, tensors: Sequence[Tensor]) -> None:
         """Settle what depends on the kinds of the tensors alone, as it was in the last call of the same kinds."""

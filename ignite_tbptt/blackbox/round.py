@@ -31,6 +31,7 @@ from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_
 from ignite_tbptt.blackbox.probes import verify, verify_pattern
 from ignite_tbptt.blackbox.record import Record, autocast_off
 from ignite_tbptt.blackbox.task import ALONE, SerialEvaluation, runs_elsewhere, size_of
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["HELD_BYTES", "gradients", "tangents"]
 
@@ -88,7 +89,7 @@ def gradients(
             found = _contracted(record, held, held.slopes, many)
         return _counted(record, held.point, many, found, start)
     with ALONE, record.options.shown, torch.no_grad(), autocast_off(record.tensors):
-        before, drawn, moved = record.facts.streams(), record.count.drawn, True
+        before, drawn, moved = RandomStreams.latest(), record.count.drawn, True
         try:
             held, slopes = _evaluate(record, reachable(), many[0])
             found = _contracted(record, held, slopes, many)
@@ -96,7 +97,7 @@ def gradients(
             if moved and not record.draws:
                 # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
                 # included.
-                record.draws, record.facts.draws, record.first, record.held = True, True, None, None
+                record.draws, record.first, record.held = True, None, None
                 held, slopes = _evaluate(record, [record], many[0])
                 found = _contracted(record, held, slopes, many)
         finally:
@@ -113,7 +114,7 @@ def _counted(
     asked = record.options.certify
     if asked is not None and record.facts.certificate_due(asked.every):
         with ALONE, record.options.shown, torch.no_grad(), autocast_off(record.tensors):
-            before = record.facts.streams()
+            before = RandomStreams.latest()
             try:
                 certify(point if len(point.records) == 1 else Point([record]), many[0], found[0])
             finally:
@@ -130,7 +131,7 @@ def tangents(record: Record, along: Sequence[Tensor | None]) -> list[Tensor | No
     """
     start = time.perf_counter()
     with ALONE, torch.no_grad(), autocast_off(record.tensors):
-        before = record.facts.streams()
+        before = RandomStreams.latest()
         try:
             measure_steps(record, False)
             point = Point([record])
