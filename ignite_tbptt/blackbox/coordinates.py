@@ -130,9 +130,15 @@ class ColoredMoves(Moves):
         outputs = self.coloring.owners.shape[1]
         if len(slopes) != 1 or slopes[0][0].numel() != outputs:
             sizes = ", ".join(str(slope[0].numel()) for slope in slopes)
+            remedy = "return one tensor, with a number for each row of the pattern"
+            if len(self.block.members) > 1:
+                remedy += (
+                    f", whose columns are the elements of all {len(self.block.members)} differentiated inputs, one "
+                    "after the other; where an output depends on the same element of each, give in_dims=0 instead"
+                )
             raise ValueError(
                 f"sparsity is of {outputs} outputs, but the function gives {len(slopes)} tensors of {sizes} numbers: "
-                "return one tensor, with a number for each row of the pattern"
+                f"{remedy}"
             )
         product = (slopes[0] * cotangents[0]).flatten(1)
         if broken:
