@@ -59,13 +59,13 @@ class RandomStreams:
 
         To ask numpy takes 40 us, and to see that nothing has moved a tenth of that.
         """
-        if not _LATEST:
-            _LATEST[:] = [cls.now()]
-        elif (last := _LATEST[0]).have_moved():
+        found = _LATEST[0] if _LATEST else cls.now()
+        if found.have_moved():
             seen = _numpy_marks()
-            still = seen is not None and seen == last._marks[1]
-            _LATEST[:] = [cls._with_numpy(last.numpy_legacy if still else np.random.get_state())]
-        return _LATEST[0]
+            still = seen is not None and seen == found._marks[1]
+            found = cls._with_numpy(found.numpy_legacy if still else np.random.get_state())
+        _LATEST[:] = [found]  # that of another thread may come first; what is returned is this one's
+        return found
 
     @classmethod
     def _with_numpy(cls, legacy: Any) -> RandomStreams:
@@ -173,7 +173,9 @@ def _torch_in_memory() -> Any:
         torch.rand(3, generator=trial)
         state = trial.get_state().numpy().tobytes()
         position, *words = struct.unpack_from("<Q8Q", state, 16)
-        memory = (ctypes.c_uint32 * 64).from_address(trial._cdata)  # type: ignore[attr-defined]
+        # Generator._cdata, where the C++ object lies, is not among torch's annotations
+        at, shared = (int(one._cdata) for one in (trial, torch.default_generator))  # type: ignore[attr-defined]
+        memory = (ctypes.c_uint32 * 64).from_address(at)
         start = next(k for k in range(1, 56) if [*memory[k - 1 : k + 8]] == [position, *words])
         torch.rand(1, generator=trial)
         if memory[start - 1] != position + 1:
@@ -181,19 +183,18 @@ def _torch_in_memory() -> Any:
         keeping = struct.pack("<ddd?7xf?3x", 0.0, 0.375, 0.0, True, 0.625, True)  # in the state from its byte 5016 on
         trial.set_state(torch.frombuffer(bytearray(state[:5016] + keeping), dtype=torch.uint8))
         behind = 4 * (start + 624)
-        after = ctypes.string_at(trial._cdata + behind, 32)  # type: ignore[attr-defined]
+        after = ctypes.string_at(at + behind, 32)
         kept, single = after.index(struct.pack("<d", 0.375)), after.index(struct.pack("<f", 0.625))
         flags = kept + 8, single + 4
         trial.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-        without = ctypes.string_at(trial._cdata + behind, 32)  # type: ignore[attr-defined]
+        without = ctypes.string_at(at + behind, 32)
         if any(after[flag] != 1 or without[flag] != 0 for flag in flags):
             return None
-        address = torch.default_generator._cdata + 4 * (start - 1)  # type: ignore[attr-defined]
-        behind += torch.default_generator._cdata  # type: ignore[attr-defined]
+        tail = shared + behind
         return (
-            (ctypes.c_uint32 * 3).from_address(address),
-            _Kept(ctypes.c_double.from_address(behind + kept), ctypes.c_uint8.from_address(behind + flags[0])),
-            _Kept(ctypes.c_float.from_address(behind + single), ctypes.c_uint8.from_address(behind + flags[1])),
+            (ctypes.c_uint32 * 3).from_address(shared + 4 * (start - 1)),
+            _Kept(ctypes.c_double.from_address(tail + kept), ctypes.c_uint8.from_address(tail + flags[0])),
+            _Kept(ctypes.c_float.from_address(tail + single), ctypes.c_uint8.from_address(tail + flags[1])),
         )
     return None
 
@@ -210,6 +211,7 @@ def _numpy_kept_in_memory() -> _Kept | None:
         kept = seen[0].index(struct.pack("<d", 0.375))
         if [int.from_bytes(memory[kept - 8 : kept - 4], "little") for memory in seen] != [1, 0]:
             return None
+        # the object behind np.random's functions, of which get_state is a method; numpy annotates it as a function
         shared = np.random.get_state.__self__  # type: ignore[attr-defined]
         if type(shared) is np.random.RandomState:
             address = id(shared) + kept

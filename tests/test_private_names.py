@@ -200,6 +200,7 @@ def test_draws_are_seen_in_memory() -> None:
         for draw in draws:
             before = RandomStreams.now()
             assert None not in _marks_in_memory()
+            assert None not in before._marks  # memory tells, and the states need not be asked for in full
             assert not before.have_moved()
             draw()
             assert before.have_moved()

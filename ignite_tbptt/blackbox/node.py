@@ -31,7 +31,7 @@ _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 def called(record: Record) -> Any:
     """Call a blackbox in a way that autograd can differentiate; returns the nest that it returned."""
     tensors, record.flat.tensors = record.flat.tensors, []
-    wanted = _wants_gradient(record, tensors) and torch.is_grad_enabled()
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     transformed = torch._C._are_functorch_transforms_active()
     if wanted or transformed or any(unpack_dual(tensor).tangent is not None for tensor in tensors):
         record.differentiable = True
@@ -46,31 +46,12 @@ def called(record: Record) -> Any:
 def with_known_outputs(record: Record, value: Any, streams: RandomStreams) -> Any:
     """Give outputs that were computed already a gradient."""
     tensors, record.flat.tensors = record.flat.tensors, []
-    _wants_gradient(record, tensors)
     record.differentiable = True
     if torch._C._are_functorch_transforms_active():
         flat = _UnderTransforms.apply(record, None, *tensors)  # type: ignore[no-untyped-call]
     else:
         flat = _FiniteDifferences.apply(record, (value, streams), *tensors)  # type: ignore[no-untyped-call]
     return record.outputs.rebuilt(flat)
-
-
-def _wants_gradient(record: Record, tensors: Sequence[Tensor]) -> bool:
-    """Whether some tensor requires grad.
-
-    Raises:
-        TypeError: a complex one does.
-    """
-    found = False
-    for k, tensor in enumerate(tensors):
-        if tensor.requires_grad:
-            found = True
-            if tensor.is_complex():
-                raise TypeError(
-                    f"{record.flat.name(k)} of {record.flat.label} is complex and requires grad: steps are taken along "
-                    "real numbers; pass torch.view_as_real(input) and put the parts together inside the function"
-                )
-    return found
 
 
 class _FiniteDifferences(torch.autograd.Function):
@@ -170,6 +151,11 @@ class _UnderTransforms(_FiniteDifferences):
         info: Any, in_dims: tuple[int | None, ...], record: Record, known: Any, *tensors: Tensor
     ) -> tuple[Any, Any]:
         """One call for each entry of the mapped axis."""
+        if not info.batch_size:
+            raise ValueError(
+                f"torch.vmap maps {record.flat.label} over an axis of 0 entries: with no entry to call it for, the "
+                "shape of its outputs is unknown; leave empty batches out"
+            )
         found = []
         for index in range(info.batch_size):
             entry = [

@@ -155,6 +155,7 @@ class Record:
         self.autocast = _any_autocast(tensors)
         kinds, known = flat.kinds(tensors, self.autocast), facts.inputs
         if known is None or kinds is None or known.kinds != kinds:
+            self._refuse_complex(tensors)
             dtype, device = options.dtype, options.device
             known = facts.inputs = _Inputs(
                 kinds,
@@ -165,6 +166,14 @@ class Record:
                 or (device is not None and any(tensor.device.type != device for tensor in tensors)),
             )
         self.kinds, flat.in_dims, self.needed, self._casts = known
+
+    def _refuse_complex(self, tensors: Sequence[Tensor]) -> None:
+        for k, tensor in enumerate(tensors):
+            if tensor.is_complex() and tensor.requires_grad:
+                raise TypeError(
+                    f"{self.flat.name(k)} of {self.flat.label} is complex and requires grad: steps are taken along "
+                    "real numbers; pass torch.view_as_real(input) and put the parts together inside the function"
+                )
 
     def _evaluated(self, tensors: Sequence[Tensor]) -> tuple[Outputs, Result]:
         with autocast_off(tensors) if self.autocast else contextlib.nullcontext():

@@ -69,7 +69,7 @@ class _Alone:
     __enter__ = acquire
 
     def __exit__(self, *error: object) -> None:
-        self._locks[_LEVEL.now].release()
+        self.release()
 
 
 ALONE = _Alone()

@@ -23,7 +23,7 @@ from tests.blackbox.accuracy import FORMULAS, OF_A_BATCH, TABLE, Problem, of_any
 from tests.blackbox.helpers import relative_error
 
 FORWARD, CENTRAL = ForwardDifference(), CentralDifference()
-SEEDS = {kind: range({"transformer block": 2, "GRU": 3}.get(kind, 6)) for kind in OF_A_BATCH}
+SEEDS = {kind: range(3 if kind in ("transformer block", "GRU") else 6) for kind in OF_A_BATCH}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
