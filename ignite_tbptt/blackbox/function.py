@@ -7,6 +7,7 @@ again and contracts what comes out with the cotangent. `blackbox` takes any func
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,8 @@ class BlackboxFunction(Generic[P, R]):
         self._options = options
         self.count = count
         code = getattr(fn, "__code__", None)
-        where = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+        # the file without its folder: random directions are the same wherever a script lies
+        where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code is not None else ""
         self._facts = Facts(f"{self._label} {where}")
 
     @property

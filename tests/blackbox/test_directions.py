@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,17 @@ def test_random_directions_are_in_units_of_each_element_s_own_step() -> None:
 def test_a_width_that_nothing_is_smoothed_over(sigma: float) -> None:
     with pytest.raises(ValueError, match=rf"sigma must be a positive, finite number, got {sigma}: .*SPSA\(n\)"):
         GaussianSmoothing(3, sigma)
+
+
+def test_directions_are_the_same_wherever_a_script_lies() -> None:
+    def gradient(path: str, line: int = 0) -> Tensor:
+        space: dict[str, Any] = {}
+        exec(compile("\n" * line + "def simulate(x):\n    return x.detach().sum()", path, "exec"), space)
+        x = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+        blackbox(space["simulate"], estimator=SPSA(1))(x).backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient("/home/one/simulator.py"), gradient("/scratch/two/simulator.py"))
+    others = [gradient("/home/one/simulator.py", line) for line in range(1, 9)]
+    assert len({tuple(other.sign().tolist()) for other in others}) > 1  # where it stands in the file counts
