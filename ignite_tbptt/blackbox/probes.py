@@ -132,10 +132,7 @@ def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]])
     coloring, block, steps, step_size = moves.coloring, moves.block, moves.steps.cpu(), record.estimator.step_size
     if not record.options.repeatable or len(point.values) != 1 or point.values[0].numel() != coloring.owners.shape[1]:
         return
-    generator = torch.Generator().manual_seed(record.draw % 2**63)
-    # no two alike: inputs that move together cannot be told apart
-    random = torch.rand(steps.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
-    random = (random + random.sign()) / 2
+    random = _spread(coloring.colors, torch.Generator().manual_seed(record.draw % 2**63))
     x = block.x[0].cpu()
 
     def displaced(along: Tensor) -> list[Tensor]:
@@ -171,6 +168,22 @@ def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]])
                 f"{coloring.inputs_of(row)[:8]} alone, but it changed when others were moved; "
                 "detect_sparsity(fn, *inputs) finds the pattern, or leave sparsity out"
             )
+
+
+def _spread(colors: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction, the inputs of each colour as far from one another as there is room.
+
+    What an input adds to an output that it should not depend on is taken for the slope of the one input of its colour
+    that the output does depend on. It shows by as much as the two move differently.
+    """
+    shuffled = torch.randperm(len(colors), generator=generator)
+    order = shuffled[colors[shuffled].argsort(stable=True)]
+    counts = colors.bincount()
+    place = torch.arange(len(colors)) - (counts.cumsum(0) - counts)[colors[order]]
+    along = torch.empty(len(colors), dtype=torch.float64)
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    along[order] = (place + offset) / counts[colors[order]] * 2 - 1
+    return (along + along.sign()) / 2  # none stays where it is
 
 
 def _look_for_rows(point: Point) -> None:

@@ -120,16 +120,16 @@ def test_a_wrong_pattern_is_refused(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "estimator",
+    ("estimator", "weight"),
     [
-        CentralDifference(sparsity=banded(1)),
-        ForwardDifference(sparsity=banded(1)),
-        CentralDifference(4, sparsity=banded(1)),
-        CentralDifference(step_size=BoundedStep(RelativeStep(), -3.5, 3.5), sparsity=banded(1)),
-        CentralDifference(step_size=AbsoluteStep(0.1), sparsity=banded(1)),
+        (CentralDifference(sparsity=banded(1)), 0.01),
+        (ForwardDifference(sparsity=banded(1)), 0.01),
+        (CentralDifference(4, sparsity=banded(1)), 0.01),
+        (CentralDifference(step_size=BoundedStep(RelativeStep(), -3.5, 3.5), sparsity=banded(1)), 0.01),
+        (CentralDifference(step_size=AbsoluteStep(0.1), sparsity=banded(1)), 0.1),  # 0.001 is lost to truncation
     ],
 )
-def test_one_entry_that_is_missing_is_found_at_the_first_gradient(estimator: Any) -> None:
+def test_one_entry_that_is_missing_is_found_at_the_first_gradient(estimator: Any, weight: float) -> None:
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(30, dtype=torch.float64, generator=generator).clamp(-3.5, 3.5)
@@ -145,7 +145,7 @@ def test_one_entry_that_is_missing_is_found_at_the_first_gradient(estimator: Any
         x.requires_grad_()
         blackbox(fn, estimator=estimator)(x, 0.0).sum().backward()
         with pytest.raises(BlackboxError, match=rf"sparsity says that output {row} of fn depends on .* alone"):
-            blackbox(fn, estimator=estimator)(x, 0.1).sum().backward()
+            blackbox(fn, estimator=estimator)(x, weight).sum().backward()
 
 
 def test_rounding_that_spreads_over_all_outputs_is_no_dependence() -> None:
