@@ -1,6 +1,7 @@
 # Each target makes .venv by itself; the second time it is there.
 PYTHON ?= python3
 BIN := .venv/bin
+SPHINX ?=
 
 .PHONY: demo test lint bench docs clean
 
@@ -21,7 +22,7 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/figures.py
 
 docs: .venv/.docs
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html $(SPHINX) docs docs/_build/html
 	@echo docs/_build/html/index.html
 
 .venv/.bench: .venv/.ready

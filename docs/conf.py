@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gallery
+import jupyter_client
 import reference
 from errors import page_of_errors
 from measured import page_of_benchmarks
@@ -16,17 +17,28 @@ import ignite_tbptt
 project = "ignite_tbptt"
 author = "The ignite_tbptt maintainers"
 release = ignite_tbptt.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 default_role = "code"
 html_theme = "furo"
 html_title = "ignite_tbptt"
 html_show_copyright = False
+html_static_path = ["style"]
+html_css_files = ["outputs.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 myst_heading_anchors = 3
+# every page runs, in a folder of its own, and an error in one ends the build
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+jupyter_client.KernelManager.transport_encryption.default_value = "auto"  # without it each kernel warns
 nitpicky = True
 # fields of named tuples are documented with their types: those of torch, which no inventory here holds, and our own
 # that are no concern of a user's; and an error that is raised, which users know by its base class
