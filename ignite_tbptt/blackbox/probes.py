@@ -171,18 +171,19 @@ def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]])
 
 
 def _spread(colors: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction, the inputs of each colour as far from one another as there is room.
+    """A random direction, the inputs of each colour apart from one another.
 
     What an input adds to an output that it should not depend on is taken for the slope of the one input of its colour
-    that the output does depend on. It shows by as much as the two move differently.
+    that the output does depend on. It shows by as much as the two move differently: each has an interval of its own,
+    in half of which it lies. Where it lies there is random, since at equal distances x[0] - 2 x[1] + x[2] may cancel.
     """
     shuffled = torch.randperm(len(colors), generator=generator)
     order = shuffled[colors[shuffled].argsort(stable=True)]
     counts = colors.bincount()
     place = torch.arange(len(colors)) - (counts.cumsum(0) - counts)[colors[order]]
     along = torch.empty(len(colors), dtype=torch.float64)
-    offset = torch.rand((), generator=generator, dtype=torch.float64)
-    along[order] = (place + offset) / counts[colors[order]] * 2 - 1
+    within = torch.rand(len(colors), generator=generator, dtype=torch.float64) / 2
+    along[order] = (place + within) / counts[colors[order]] * 2 - 1
     return (along + along.sign()) / 2  # none stays where it is
 
 

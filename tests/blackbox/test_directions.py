@@ -156,6 +156,6 @@ def test_directions_are_the_same_wherever_a_script_lies() -> None:
         assert x.grad is not None
         return x.grad
 
-    assert torch.equal(gradient("/home/one/simulator.py"), gradient("/scratch/two/simulator.py"))
-    others = [gradient("/home/one/simulator.py", line) for line in range(1, 9)]
+    assert torch.equal(gradient("one/simulator.py"), gradient("two/simulator.py"))
+    others = [gradient("one/simulator.py", line) for line in range(1, 9)]
     assert len({tuple(other.sign().tolist()) for other in others}) > 1  # where it stands in the file counts
