@@ -21,8 +21,8 @@ from ignite_tbptt.blackbox.record import Record
 __all__ = ["verify", "verify_pattern"]
 
 # A slope that differs by less than this share from what a pattern foretells is truncation; so many of those that differ
-# most are looked at.
-_PATTERN_TOLERANCE, _PATTERN_ROWS = 1e-4, 4
+# most are looked at. Other inputs refute a pattern where they make up this part of a difference.
+_PATTERN_TOLERANCE, _PATTERN_ROWS, _PATTERN_PART = 1e-4, 4, 1e-3
 
 
 def verify(record: Record, gradients: int) -> Point | None:
@@ -153,7 +153,8 @@ def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]])
     first = point.values[0].flatten().double().cpu()
     over, under = outputs(places)
     missed = (over - under - shares.sum(0)).abs()
-    usual = _PATTERN_TOLERANCE * shares.abs().sum(0) + 64 * point.eps * float(first.abs().nan_to_num(0, 0, 0).amax())
+    rounding = 64 * point.eps * float(first.abs().nan_to_num(0, 0, 0).amax())
+    usual = _PATTERN_TOLERANCE * shares.abs().sum(0) + rounding
     doubt = (missed / usual).nan_to_num(0, 0, torch.finfo(torch.float64).max)
     for row in doubt.topk(min(_PATTERN_ROWS, len(doubt))).indices.tolist():
         if not doubt[row] > 1:
@@ -162,7 +163,8 @@ def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]])
         others[coloring.inputs_of(row)] = 0
         # both ways, since a bound may be in one
         changes = [abs(float(value[row] - first[row])) for value in outputs([displaced(others), displaced(-others)])]
-        if max(changes) > float(missed[row]) / 8:
+        # what the others add may nearly cancel here, and not there
+        if max(changes) > max(float(missed[row]) * _PATTERN_PART, rounding):
             raise BlackboxError(
                 f"sparsity says that output {row} of {point.flat.label} depends on the inputs "
                 f"{coloring.inputs_of(row)[:8]} alone, but it changed when others were moved; "

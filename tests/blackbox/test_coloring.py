@@ -148,6 +148,23 @@ def test_one_entry_that_is_missing_is_found_at_the_first_gradient(estimator: Any
             blackbox(fn, estimator=estimator)(x, weight).sum().backward()
 
 
+@pytest.mark.parametrize("weights", [(-2.0, 1.0, 1.0), (0.0, 1.0, -1.0)])
+def test_entries_that_are_missing_and_nearly_cancel_are_found(weights: tuple[float, ...]) -> None:
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.randperm(30, generator=generator)[:3]
+
+        def fn(x: Tensor, places: Tensor = places) -> Tensor:
+            y = x.detach() ** 2
+            y[places[0]] += x[places] @ torch.tensor(weights).double()
+            return y
+
+        x = torch.randn(30, dtype=torch.float64, generator=generator).requires_grad_()
+        y = blackbox(fn, estimator=CentralDifference(sparsity="elementwise"))(x).sum()
+        with pytest.raises(BlackboxError, match=rf"output {int(places[0])} of fn depends on .* alone"):
+            y.backward()
+
+
 def test_rounding_that_spreads_over_all_outputs_is_no_dependence() -> None:
     turns = torch.exp(2j * torch.pi * torch.fft.rfftfreq(256, dtype=torch.float64))
     shift = torch.eye(256).roll(1, 1).bool()
