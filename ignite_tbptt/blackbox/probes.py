@@ -132,7 +132,8 @@ def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]])
     coloring, block, steps, step_size = moves.coloring, moves.block, moves.steps.cpu(), record.estimator.step_size
     if not record.options.repeatable or len(point.values) != 1 or point.values[0].numel() != coloring.owners.shape[1]:
         return
-    random = _spread(coloring.colors, torch.Generator().manual_seed(record.draw % 2**63))
+    generator = torch.Generator().manual_seed(record.draw % 2**63)
+    random = _spread(coloring.colors, generator)
     x = block.x[0].cpu()
 
     def displaced(along: Tensor) -> list[Tensor]:
@@ -159,11 +160,11 @@ def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]])
     for row in doubt.topk(min(_PATTERN_ROWS, len(doubt))).indices.tolist():
         if not doubt[row] > 1:
             return
-        others = random.clone()
-        others[coloring.inputs_of(row)] = 0
-        # both ways, since a bound may be in one
-        changes = [abs(float(value[row] - first[row])) for value in outputs([displaced(others), displaced(-others)])]
-        # what the others add may nearly cancel here, and not there
+        # both ways, since a bound may be in one; and not equally far, since what others add may cancel in one
+        ways = [random.clone(), -random.sign() * _spread(coloring.colors, generator).abs()]
+        for way in ways:
+            way[coloring.inputs_of(row)] = 0
+        changes = [abs(float(value[row] - first[row])) for value in outputs([displaced(way) for way in ways])]
         if max(changes) > max(float(missed[row]) * _PATTERN_PART, rounding):
             raise BlackboxError(
                 f"sparsity says that output {row} of {point.flat.label} depends on the inputs "

@@ -19,7 +19,7 @@ from ignite_tbptt.blackbox import (
     blackbox,
     detect_sparsity,
 )
-from ignite_tbptt.blackbox.coloring import coloring_of, pattern_of
+from ignite_tbptt.blackbox.coloring import Banded, coloring_of, pattern_of
 
 
 def diffusion(x: Tensor) -> Tensor:
@@ -148,20 +148,23 @@ def test_one_entry_that_is_missing_is_found_at_the_first_gradient(estimator: Any
             blackbox(fn, estimator=estimator)(x, weight).sum().backward()
 
 
+@pytest.mark.parametrize("pattern", ["elementwise", banded(1)])
 @pytest.mark.parametrize("weights", [(-2.0, 1.0, 1.0), (0.0, 1.0, -1.0)])
-def test_entries_that_are_missing_and_nearly_cancel_are_found(weights: tuple[float, ...]) -> None:
+def test_entries_that_are_missing_and_nearly_cancel_are_found(pattern: Any, weights: tuple[float, ...]) -> None:
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
-        places = torch.randperm(30, generator=generator)[:3]
+        first, second = torch.randint(2, 14, (2,), generator=generator).tolist()
+        row = int(torch.randint(0, 30, (1,), generator=generator))
+        places = torch.tensor([row, row + first, row + first + second]) % 30
 
         def fn(x: Tensor, places: Tensor = places) -> Tensor:
-            y = x.detach() ** 2
+            y = diffusion(x).detach() if isinstance(pattern, Banded) else x.detach() ** 2
             y[places[0]] += x[places] @ torch.tensor(weights).double()
             return y
 
         x = torch.randn(30, dtype=torch.float64, generator=generator).requires_grad_()
-        y = blackbox(fn, estimator=CentralDifference(sparsity="elementwise"))(x).sum()
-        with pytest.raises(BlackboxError, match=rf"output {int(places[0])} of fn depends on .* alone"):
+        y = blackbox(fn, estimator=CentralDifference(sparsity=pattern))(x).sum()
+        with pytest.raises(BlackboxError, match=rf"output {row} of fn depends on .* alone"):
             y.backward()
 
 
