@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.block import Block, Group, groups_of
 from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs, same_kind
 from ignite_tbptt.blackbox.moves import Moves
@@ -21,7 +22,10 @@ from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.step_size import steps_around
 from ignite_tbptt.blackbox.task import SerialEvaluation, StackedEvaluation, Task, run, size_of
 
-__all__ = ["Job", "Point", "evaluate_all", "evaluate_at", "evaluated"]
+__all__ = ["Job", "Point", "evaluate_all", "evaluate_at", "evaluated", "jobs_of", "key_of"]
+
+# Slopes are taken of so many evaluations at a time as leave outputs of this size, or of fewer.
+_PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
 
 # Of fewer points in one call little is gained, and what a function keeps between its own steps leaves the cache.
 _WORTH_STACKING = 4
@@ -72,6 +76,30 @@ class Point:
         estimator, position = self.record.estimator, sum(self.record.needed[:k])
         return steps_around(estimator.step_size, self.x[k], estimator.stencil, self.eps, scale, position)
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The tensors that need a gradient, those together that move together."""
+        in_dims = self.flat.in_dims or [None] * len(self.x)
+        kinds = tuple(
+            (x.dtype, dim, x.numel() > 0) if need else None
+            for x, dim, need in zip(self.x, in_dims, self.record.needed, strict=True)
+        )
+        return groups_of(kinds) if self.floats else ()
+
+    def moves(self, group: Group) -> Iterator[Moves]:
+        """The moves of a group, as many at a time as leave outputs of a bounded size."""
+        record = self.record
+        block = Block.of(
+            [self.x[k] for k in group.members],
+            group.dims,
+            group.members,
+            group.positions,
+            _Names(self.flat.name),
+            record.facts.memory(group.positions),
+        )
+        portion = max(1, min(_MOST_AT_A_TIME, _PORTION_BYTES // max(1, size_of(self.values))))
+        return record.estimator.plan(block, self.eps, portion, record.draw)
+
     def _at_x(self, record: Record, x: list[Tensor]) -> Outputs:
         return evaluate_at(record, x, "at x itself")
 
@@ -80,6 +108,19 @@ class Point:
         """Whether rows of several points may share a call."""
         record = self.record
         return record.facts.stackable.get(key_of(record), False) and not record.draws
+
+
+class _Names(Sequence[str]):
+    """Names of tensors, worked out when a message needs them."""
+
+    def __init__(self, name: Callable[[int], str]) -> None:
+        self._name = name
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._name(index)
+
+    def __len__(self) -> int:
+        return 0
 
 
 def key_of(record: Record) -> Any:
@@ -153,6 +194,11 @@ class Job:
             return which if count == 1 else f"{count} points stacked, the first {which}"
 
         return text
+
+
+def jobs_of(point: Point, group: Group) -> Iterator[Job]:
+    """All that is to be evaluated for the slopes of a group."""
+    return (Job(point, moves, group.rows_move) for moves in point.moves(group))
 
 
 def evaluated(jobs: Sequence[Job]) -> list[list[Tensor]]:

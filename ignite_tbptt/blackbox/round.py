@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.block import Block, Group, groups_of, rows_of
+from ignite_tbptt.blackbox.block import Group, rows_of
 from ignite_tbptt.blackbox.certificate import certify
 from ignite_tbptt.blackbox.coarse import compare_steps
 from ignite_tbptt.blackbox.coordinates import Coordinates
@@ -27,16 +27,13 @@ from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Moves, all_finite
-from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, key_of
+from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, jobs_of, key_of
 from ignite_tbptt.blackbox.probes import verify, verify_pattern
 from ignite_tbptt.blackbox.record import Record, autocast_off
 from ignite_tbptt.blackbox.task import ALONE, SerialEvaluation, runs_elsewhere, size_of
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["HELD_BYTES", "gradients", "tangents"]
-
-# Slopes are taken of so many evaluations at a time as leave outputs of this size, or of fewer.
-_PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
 
 # Slopes of outputs that wait for their cotangents take no more memory than this in one round.
 HELD_BYTES = 2**26
@@ -184,7 +181,7 @@ def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[
     else:
         together = _side_by_side(record, others)
         if len(together) == 1:
-            streamed = _streamed(point, _groups(point))
+            streamed = _streamed(point)
             return _Held(point, []), _with_pattern(point, streamed) if due else streamed
         points = [point, *(Point([other]) for other in together[1:])]
         for each, own, slopes in zip(together, points, _slopes_at_once(points), strict=True):
@@ -210,12 +207,12 @@ def _with_pattern(point: Point, slopes: Any) -> Any:
 
 def _slopes_at_once(points: Sequence[Point]) -> list[list[tuple[Group, list[_Slopes]]]]:
     """The slopes at several points, whose evaluations go out together."""
-    found: list[dict[Group, list[_Slopes]]] = [{group: [] for group in _groups(point)} for point in points]
+    found: list[dict[Group, list[_Slopes]]] = [{group: [] for group in point.groups} for point in points]
     jobs = [
-        (slopes[group], Job(point, moves, group.rows_move))
+        (slopes[group], job)
         for point, slopes in zip(points, found, strict=True)
         for group in slopes
-        for moves in _moves(point, group)
+        for job in jobs_of(point, group)
     ]
     for (slopes_of_group, job), value in zip(jobs, evaluated([job for _, job in jobs]) if jobs else [], strict=True):
         slopes_of_group.append(_slopes_of(job, value))
@@ -304,47 +301,10 @@ def _held_size(record: Record) -> int:
     return record.columns * 8 * sum(tensor.numel() for tensor in record.outputs.tensors)
 
 
-def _groups(point: Point) -> tuple[Group, ...]:
-    in_dims = point.flat.in_dims or [None] * len(point.x)
-    kinds = tuple(
-        (x.dtype, dim, x.numel() > 0) if need else None
-        for x, dim, need in zip(point.x, in_dims, point.record.needed, strict=True)
-    )
-    return groups_of(kinds) if point.floats else ()
-
-
-def _moves(point: Point, group: Group) -> Iterator[Moves]:
-    record = point.record
-    block = Block.of(
-        [point.x[k] for k in group.members],
-        group.dims,
-        group.members,
-        group.positions,
-        _Names(point.flat.name),
-        record.facts.memory(group.positions),
-    )
-    portion = max(1, min(_MOST_AT_A_TIME, _PORTION_BYTES // max(1, size_of(point.values))))
-    return record.estimator.plan(block, point.eps, portion, record.draw)
-
-
-class _Names(Sequence[str]):
-    """Names of tensors, worked out when a message needs them."""
-
-    def __init__(self, name: Callable[[int], str]) -> None:
-        self._name = name
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._name(index)
-
-    def __len__(self) -> int:
-        return 0
-
-
-def _streamed(point: Point, groups: Sequence[Group]) -> Iterator[tuple[Group, Iterator[_Slopes]]]:
+def _streamed(point: Point) -> Iterator[tuple[Group, Iterator[_Slopes]]]:
     """Slopes of a record by itself, portion by portion."""
-    for group in groups:
-        jobs = (Job(point, moves, group.rows_move) for moves in _moves(point, group))
-        yield group, (_slopes_of(job, evaluated([job])[0]) for job in jobs)
+    for group in point.groups:
+        yield group, (_slopes_of(job, evaluated([job])[0]) for job in jobs_of(point, group))
 
 
 def _slopes_of(job: Job, values: Sequence[Tensor]) -> _Slopes:
