@@ -1,10 +1,11 @@
 """What do threads, processes and Dask gain for evaluations that take 10 ms, and what does each cost by itself?
 
 64 evaluations for the gradient of 32 numbers by central differences: of a function that sleeps, as one that waits for
-another machine does, and of one that computes; beside it the pool's own map of 64 calls, which no gradient can beat and
+another machine does, and of one that computes; beside it the 64 calls by hand, given to the pool's own map one by one,
 which shows what the machine has to give. Then a function that does nothing, for the cost of an evaluation alone. Last a
 recurrent model whose 20 steps each call a simulator of 10 ms: forward and backward, where the evaluations of the
-whole window go out together. Serial and parallel take turns; figures are medians.
+whole window go out together, and with ``ahead=True``, where they begin during the forward. Serial and parallel take
+turns; figures are medians.
 
     OMP_NUM_THREADS=1 python benchmarks/executors.py
 """
@@ -12,6 +13,7 @@ whole window go out together. Serial and parallel take turns; figures are median
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import time
@@ -54,14 +56,15 @@ def gradient(f: Any, x: torch.Tensor) -> Callable[[], Any]:
     return run
 
 
-def compare(title: str, fn: Any, executors: dict[str, Any], rounds: int, bare: Any = None) -> None:
+def compare(title: str, fn: Any, executors: dict[str, Any], rounds: int, bare: dict[str, Any] | None = None) -> None:
     x = torch.linspace(0, 1, 32, dtype=torch.float64).requires_grad_()
     runs = {
         name: gradient(blackbox(fn, numpy=True, executor=executor, estimator=CentralDifference()), x)
         for name, executor in executors.items()
     }
-    if bare is not None:
-        runs["the map of these alone"] = lambda: list(bare.map(fn, [x.detach().numpy()] * 64))
+    points = [x.detach().numpy() + k for k in range(64)]  # Dask evaluates equal ones once
+    for name, run_all in (bare or {}).items():
+        runs[name] = functools.partial(run_all, fn, points)
     for run in runs.values():  # verified at gradients 1, 2, 4
         for _ in range(4):
             run()
@@ -80,18 +83,16 @@ def compare(title: str, fn: Any, executors: dict[str, Any], rounds: int, bare: A
             figure(f"{title}, {name}: speed over one after the other", serial / middle, "x")
 
 
-def window(threads: ThreadPoolExecutor) -> None:
+def window(threads: ThreadPoolExecutor, rounds: int) -> None:
     steps = 20
     inputs = torch.randn(steps, 2, dtype=torch.float64)
+    gain = torch.ones(2, dtype=torch.float64, requires_grad=True)
 
     def simulator(x: Any, h: Any) -> Any:
         time.sleep(MILLISECONDS / 1000)
         return np.tanh(x + 0.5 * h)
 
-    gain = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    f: Any = blackbox(simulator, numpy=True, executor=threads, estimator=CentralDifference())
-
-    def run() -> tuple[float, float]:
+    def run(f: Any) -> tuple[float, float]:
         gain.grad, h = None, torch.zeros(2, dtype=torch.float64)
         start = time.perf_counter()
         for x in inputs:
@@ -100,15 +101,22 @@ def window(threads: ThreadPoolExecutor) -> None:
         h.sum().backward()
         return middle - start, time.perf_counter() - middle
 
-    for _ in range(2):
-        run()
-    forward, backward = (statistics.median(part) for part in zip(*(run() for _ in range(3)), strict=True))
+    ways = {
+        which: blackbox(simulator, numpy=True, executor=executor, estimator=CentralDifference())
+        for which, executor in (("", threads), (", ahead", Workers(threads, ahead=True)))
+    }
+    times: dict[str, list[tuple[float, float]]] = {which: [] for which in ways}
+    for _ in range(2 * rounds):
+        for which, f in ways.items():
+            times[which].append(run(f))
     ideal = 8 * steps / 16 * MILLISECONDS / 1000
-    print(
-        f"window of {steps} steps, 4 numbers each, on 16 threads: forward {forward * 1e3:.0f} ms, backward "
-        f"{backward * 1e3:.0f} ms; its {8 * steps} evaluations take {ideal * 1e3:.0f} ms at best"
-    )
-    figure(f"window of {steps} calls on 16 threads: time over the best possible", backward / ideal, "x")
+    for which, taken in times.items():
+        forward, backward = (statistics.median(part) for part in zip(*taken[2:], strict=True))
+        print(
+            f"window of {steps} steps, 4 numbers each, on 16 threads{which}: forward {forward * 1e3:.0f} ms, backward "
+            f"{backward * 1e3:.0f} ms; its {8 * steps} evaluations take {ideal * 1e3:.0f} ms at best"
+        )
+        figure(f"window of {steps} calls on 16 threads{which}: backward over the best possible", backward / ideal, "x")
 
 
 def main() -> None:
@@ -119,16 +127,20 @@ def main() -> None:
     with (
         ThreadPoolExecutor(16) as threads,
         ProcessPoolExecutor(2) as processes,
-        LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         dask = client.get_executor()
         compare("64 evaluations that sleep", sleeping, {"serial": None, "16 threads": threads}, rounds)
         pools = {"serial": None, "2 processes": processes, "2 workers of Dask": dask}
-        compare("64 evaluations that compute", computing, pools, rounds, processes)
+        bare = {
+            "2 processes by hand": lambda fn, points: list(processes.map(fn, points)),
+            "Dask by hand": lambda fn, points: client.gather(client.map(fn, points, pure=False)),
+        }
+        compare("64 evaluations that compute", computing, pools, rounds, bare)
         pools = {"serial": None, "16 threads": threads, "with a time-out": Workers(threads, 60), **pools}
         compare("64 evaluations of nothing", nothing, pools, 10 * rounds)
-        window(threads)
+        window(threads, rounds)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,20 @@ taking too long, losing a worker or refusing a task, becomes the error of the ev
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
-from ignite_tbptt.blackbox.task import Result, Task
+from ignite_tbptt.blackbox.task import Result, Task, size_of
 from ignite_tbptt.blackbox.travel import AbsentProgramError, packed
 from ignite_tbptt.warn import warn
 
@@ -29,15 +30,19 @@ __all__ = ["Pool", "Workers"]
 Pool = Executor
 """``concurrent.futures.Executor``, which is no `Executor` of this package by itself."""
 
-# A group of evaluations is to last so many seconds: the cost of sending one is less than a tenth of it, on a cluster
-# too. It has no more of them than this.
+# A group of evaluations is to last so many seconds: the cost of sending one is less than a tenth of it. It has no more
+# of them than this.
 _GROUP_SECONDS, _LARGEST_GROUP = 0.01, 1024
+
+# To send one to a cluster takes milliseconds on both ends: a group lasts so long there, if as many are left.
+_CLUSTER_SECONDS, _CLUSTER_GROUPS = 0.1, 8
 
 # So many measured evaluations count in the next round; the first group of it has at most twice as many.
 _KEPT_PACE = 32
 
-# What is handed over ahead of the result that is awaited: enough for any pool, and little memory.
-_EVALUATIONS_AHEAD, _GROUPS_AHEAD = 256, 16
+# What is handed over ahead of the result that is awaited: enough for any pool, and little memory. An evaluation counts
+# as one more for each MiB of its point.
+_EVALUATIONS_AHEAD, _GROUPS_AHEAD, _MIB = 256, 16, 2**20
 
 # A program of more bytes is sent to a worker that has it by its name alone.
 _LARGE_PROGRAM = 2**14
@@ -71,23 +76,31 @@ class Workers:
             to the pool until it returns.
         retries: how often an evaluation that raised, took too long or lost its worker is tried again. Random numbers
             from the global streams are the same then.
+        ahead: begin with the evaluations of a call as soon as the call is made, while the forward pass goes on, instead
+            of at its backward. Calls whose gradient is never asked for cost what was begun by then. See below.
         failed: what becomes of an evaluation that fails for good: ``"raise"`` ends the gradient with its error;
             ``"nan"`` counts it as NaN in every output, with a warning, so that the slope is taken by the best formula
             on the points that are left.
 
+    With ``ahead=True`` the first gradient of a blackbox is taken as without, since it verifies what the later ones rely
+    on; so is every gradient along random directions, which may depend on the one before. Where random numbers are drawn
+    between a call and its backward, by dropout say, threads gain nothing: whether it was the function that drew them
+    cannot be told, so its evaluations are made again, and a warning says so. Processes and clusters do not mind.
+
     Raises:
         TypeError: executor has no ``submit``.
-        ValueError: a time-out that is not positive, retries below 0, or another word for failed.
+        ValueError: a time-out that is not positive, retries below 0, or something else for failed or ahead.
     """
 
     executor: Executor
     timeout: float | None = None
     retries: int = 0
     failed: Literal["raise", "nan"] = "raise"
+    ahead: bool = False
     _left: dict[bytes, int] = field(default_factory=dict, init=False, repr=False)
     """How many workers are still to be sent a large program, by its name."""
-    _pace: dict[str, tuple[int, float]] = field(default_factory=dict, init=False, repr=False)
-    """Evaluations that were measured in earlier rounds, and their seconds, by the name of the function."""
+    _pace: dict[str, _Pace] = field(default_factory=dict, init=False, repr=False)
+    """What was measured in earlier rounds, by the name of the function."""
 
     def __post_init__(self) -> None:
         if isinstance(self.executor, type) or not hasattr(self.executor, "submit"):
@@ -98,6 +111,11 @@ class Workers:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}: None waits for ever")
         if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
             raise ValueError(f"retries must be a whole number, 0 or more, got {self.retries!r}")
+        if not isinstance(self.ahead, bool):
+            raise ValueError(
+                f"ahead must be True, so that evaluations begin while the forward pass goes on, or False, got "
+                f"{self.ahead!r}"
+            )
         if self.failed not in ("raise", "nan"):
             raise ValueError(
                 f"failed must be 'raise', which ends the gradient, or 'nan', which goes on without the evaluation, got "
@@ -108,9 +126,30 @@ class Workers:
         """See `Executor`."""
         tasks = iter(tasks)
         first = list(itertools.islice(tasks, 1))
-        return (
-            _Round(self, function, first[0].program.label).results(itertools.chain(first, tasks)) if first else iter(())
-        )
+        if not first:
+            return iter(())
+        results = _Round(self, function, first[0].program.label).results(itertools.chain(first, tasks))
+        next(results)  # until the first evaluations are handed over
+        return results
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether it may be one: no pool of Python's own, whose workers are on this machine."""
+        return not isinstance(self.executor, (ThreadPoolExecutor, ProcessPoolExecutor))
+
+
+class _Pace(NamedTuple):
+    """What is known of the evaluations of a function.
+
+    Attributes:
+        measured: how many were measured.
+        seconds: how long these took together.
+        total: how many there are in a round: small ones, which verify something, count little.
+    """
+
+    measured: int = 0
+    seconds: float = 0.0
+    total: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +160,11 @@ class _Group:
     future: Future[Any]
     refused: bool = False
 
+    @functools.cached_property
+    def weight(self) -> int:
+        """What it counts as of all that is handed over ahead."""
+        return sum(1 + size_of(task.points) // _MIB for task in self.tasks)
+
 
 class _Round:
     """One call of `Workers`."""
@@ -128,23 +172,29 @@ class _Round:
     def __init__(self, workers: Workers, function: Callable[[Task], Result], label: str) -> None:
         self._workers, self._function, self._label = workers, function, label
         self._waiting: deque[_Group] = deque()
-        self._count, self._seconds = workers._pace.get(label, (0, 0.0))
+        self._count, self._seconds, self._before = workers._pace.get(label, _Pace())
         self._submissions = itertools.count()
 
-    def results(self, tasks: Iterator[Task]) -> Iterator[Result]:
+    def results(self, tasks: Iterator[Task]) -> Iterator[Any]:
+        """The results in order, after a first nothing, by which time work has begun."""
         total, lost = 0, []
         try:
-            for result in self._in_order(tasks):
-                total += 1
-                if result.lost:
-                    lost.append(result.error)
-                yield result
+            self._hand_over(tasks)
+            yield None
+            while self._waiting:
+                for result in self._finished(self._waiting.popleft()):
+                    total += 1
+                    if result.lost:
+                        lost.append(result.error)
+                    yield result
+                self._hand_over(tasks)
         finally:  # an error ends the round: what has not begun is not to be paid for
             for group in self._waiting:
                 group.future.cancel()
             kept = min(self._count, _KEPT_PACE)
             if kept:
-                self._workers._pace[self._label] = kept, self._seconds * kept / self._count
+                usual = max(total, self._before - self._before // 8)
+                self._workers._pace[self._label] = _Pace(kept, self._seconds * kept / self._count, usual)
         if lost:
             warn(
                 f"{len(lost)} of {total} evaluations were lost and count as NaN, the last by "
@@ -152,24 +202,28 @@ class _Round:
                 UntrustedGradientWarning,
             )
 
-    def _in_order(self, tasks: Iterator[Task]) -> Iterator[Result]:
-        ahead = 0
-        while group := list(itertools.islice(tasks, self._size())):
+    def _hand_over(self, tasks: Iterator[Task]) -> None:
+        ahead = sum(group.weight for group in self._waiting)
+        while ahead < _EVALUATIONS_AHEAD or len(self._waiting) < _GROUPS_AHEAD:
+            group = list(itertools.islice(tasks, self._size()))
+            if not group:
+                return
             self._waiting.append(self._submitted(group))
-            ahead += len(group)
-            while ahead >= _EVALUATIONS_AHEAD and len(self._waiting) >= _GROUPS_AHEAD:
-                ahead -= len(self._waiting[0].tasks)
-                yield from self._finished(self._waiting.popleft())
-        while self._waiting:
-            yield from self._finished(self._waiting.popleft())
+            ahead += self._waiting[-1].weight
 
     def _size(self) -> int:
         """How many evaluations are worth a worker's while, as far as is known; at first one."""
         if not self._count:
             return 1
-        seconds = _GROUP_SECONDS if self._workers.timeout is None else min(_GROUP_SECONDS, self._workers.timeout / 4)
-        wanted = seconds * self._count / max(self._seconds, 1e-9)
-        return max(1, min(math.ceil(wanted), 2 * self._count, _LARGEST_GROUP))
+        size = self._lasting(_GROUP_SECONDS)
+        if self._workers.is_cluster:
+            size = max(size, min(self._lasting(_CLUSTER_SECONDS), self._before // _CLUSTER_GROUPS))
+        return max(1, min(size, 2 * self._count, _LARGEST_GROUP))
+
+    def _lasting(self, seconds: float) -> int:
+        if self._workers.timeout is not None:
+            seconds = min(seconds, self._workers.timeout / 4)
+        return math.ceil(seconds * self._count / max(self._seconds, 1e-9))
 
     def _measure(self, future: Future[Any]) -> None:
         """Called by the pool when a group is done."""

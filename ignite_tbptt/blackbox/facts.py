@@ -41,6 +41,9 @@ class Facts:
         outputs: likewise of its outputs.
         measures: whether steps are measured though nobody asked for it, because the default one does not suit.
         certificates: of the last gradients that were certified.
+        under_way: evaluations that have begun before their backward, by the number of the call.
+        bytes_ahead: of what comes out of these.
+        keeps_to_backward: whether none begin any more.
         certified: how many gradients there were, where some are certified.
     """
 
@@ -50,6 +53,9 @@ class Facts:
         self.calls: dict[int, Any] = {}
         self.certificates: deque[Any] = deque(maxlen=4096)
         self.certified = 0
+        self.under_way: dict[int, weakref.ref[Any]] = {}
+        self.bytes_ahead = 0
+        self.keeps_to_backward = False
         self.step_sizes: dict[Any, Any] = {}
         self.suited: Any = None
         self.measurements: dict[Any, Any] = {}
@@ -70,11 +76,12 @@ class Facts:
         self._seed = text + 0x9E3779B97F4A7C15 * ordinal
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "calls": {}}
+        return {**vars(self), "calls": {}, "under_way": {}, "bytes_ahead": 0}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Facts:
         twin = object.__new__(Facts)
-        vars(twin).update(vars(self), stackable=dict(self.stackable), told=set(self.told), calls={})
+        vars(twin).update(vars(self), stackable=dict(self.stackable), told=set(self.told), calls={}, under_way={})
+        twin.bytes_ahead = 0
         twin.step_sizes, twin.measurements = dict(self.step_sizes), dict(self.measurements)
         twin.certificates = self.certificates.copy()
         twin._gradients = dict(self._gradients)

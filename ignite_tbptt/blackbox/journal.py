@@ -71,7 +71,7 @@ class Journaled:
 
     def __init__(self, path: str | os.PathLike[str], executor: Executor | Pool = map) -> None:
         self.path = Path(path)
-        self._executor = Workers(cast("Pool", executor)) if hasattr(executor, "submit") else executor
+        self.executor = Workers(cast("Pool", executor)) if hasattr(executor, "submit") else executor
         self._places: dict[bytes, tuple[int, int]] = {}
         self._program = b""
         self._end = 0
@@ -95,16 +95,19 @@ class Journaled:
                     running.append((key, task.streams is None))
                     yield task
 
-        for result in self._executor(function, missing()):
-            key, unwatched = running.popleft()
-            if result.error is None and not (unwatched and result.drew_since(streams)):
-                self._add(key, result)
-            else:  # it raised, or drew random numbers that are not in its key
-                unkept[key] = result
-            while order and (order[0] in self._places or order[0] in unkept):
+        def found(results: Iterable[Result]) -> Iterator[Result]:
+            for result in results:
+                key, unwatched = running.popleft()
+                if result.error is None and not (unwatched and result.drew_since(streams)):
+                    self._add(key, result)
+                else:  # it raised, or drew random numbers that are not in its key
+                    unkept[key] = result
+                while order and (order[0] in self._places or order[0] in unkept):
+                    yield self._found(order.popleft(), unkept)
+            while order:
                 yield self._found(order.popleft(), unkept)
-        while order:
-            yield self._found(order.popleft(), unkept)
+
+        return found(self.executor(function, missing()))
 
     def _found(self, key: bytes, unkept: dict[bytes, Result]) -> Result:
         return unkept[key] if key in unkept else self._read(key)

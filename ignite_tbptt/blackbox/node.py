@@ -15,9 +15,10 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.forward_ad import unpack_dual
 
+from ignite_tbptt.blackbox.ahead import begin
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.record import Record
-from ignite_tbptt.blackbox.round import gradients, tangents
+from ignite_tbptt.blackbox.round import HELD_BYTES, gradients, tangents
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["called", "refuse_second_derivatives", "with_known_outputs"]
@@ -63,6 +64,8 @@ class _FiniteDifferences(torch.autograd.Function):
         _remember(ctx, record, tensors, output)
         calls, number = record.facts.calls, record.number
         calls[number] = weakref.ref(ctx, lambda _: calls.pop(number, None))
+        if record.options.ahead:
+            ctx.under_way = begin(record, HELD_BYTES)
         return output
 
     @staticmethod

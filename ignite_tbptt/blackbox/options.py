@@ -25,6 +25,7 @@ from ignite_tbptt.blackbox.task import (
     StackedEvaluation,
     Task,
     alike_on_all_ranks,
+    begins_ahead,
     run,
 )
 
@@ -75,6 +76,8 @@ class Options:
     shown: contextlib.AbstractContextManager[None] = _NOT_SHOWN
     """Told when a gradient begins and ends."""
     certify: Certify | None = None
+    ahead: str = ""
+    """Where evaluations begin when a call is made, see `task.begins_ahead`."""
 
     def first(self, task: Task) -> Result:
         """The call itself: made in the caller's thread, unless its rows are evaluated one by one."""
@@ -182,6 +185,7 @@ def make_options(
         vectorized,
         shown,
         certify,
+        begins_ahead(executor),
     )
 
 

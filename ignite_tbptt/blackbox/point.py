@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.step_size import steps_around
 from ignite_tbptt.blackbox.task import SerialEvaluation, StackedEvaluation, Task, run, size_of
 
-__all__ = ["Job", "Point", "evaluate_all", "evaluate_at", "evaluated", "jobs_of", "key_of"]
+__all__ = ["Evaluations", "Job", "Point", "evaluate_all", "evaluate_at", "jobs_of", "key_of"]
 
 # Slopes are taken of so many evaluations at a time as leave outputs of this size, or of fewer.
 _PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
@@ -196,41 +196,67 @@ class Job:
         return text
 
 
+class _Call(NamedTuple):
+    """What a task is for.
+
+    Attributes:
+        job: it is one of this.
+        where: gives what it is called in messages.
+        copies: how many points are in it.
+    """
+
+    job: Job
+    where: Callable[[], str]
+    copies: int
+
+
 def jobs_of(point: Point, group: Group) -> Iterator[Job]:
     """All that is to be evaluated for the slopes of a group."""
     return (Job(point, moves, group.rows_move) for moves in point.moves(group))
 
 
-def evaluated(jobs: Sequence[Job]) -> list[list[Tensor]]:
-    """Each differentiable output at all points of each job, (points, *shape)."""
-    calls: list[tuple[Job, list[list[Tensor]], Callable[[], str], int]] = []
-    found: list[list[list[Tensor]]] = [[] for _ in jobs]
+class Evaluations:
+    """The calls of some jobs, in the hands of the executor; a pool has begun with them.
 
-    def tasks() -> Iterator[Task]:
-        for job, own in zip(jobs, found, strict=True):
-            record = job.point.record
-            streams = record.streams if record.draws else None
-            for points, where, copies in job.calls():
-                calls.append((job, own, where, copies))
-                yield Task(record.flat, points, streams)
+    Args:
+        jobs: of one blackbox.
+    """
 
-    executor = jobs[0].point.record.options.executor
-    for number, result in enumerate(executor(run, tasks())):
-        job, own, where, copies = calls[number]
-        record, point = job.point.record, job.point
-        try:
-            outputs = record.count.taken(result, point.flat.label, where, copies * len(point.records), False)
-        except LostEvaluationError:
-            own.append([value.new_full((copies, *value.shape), torch.nan) for value in point.values])
-            continue
-        _check_kind(point, outputs, where, copies)
-        tensors = [outputs.tensors[k] for k in point.floats]
-        if copies > 1 and point.out_dims is not None:
-            tensors = [_unstacked(tensor, dim, copies) for tensor, dim in zip(tensors, point.out_dims, strict=True)]
-        else:
-            tensors = [tensor.unsqueeze(0) for tensor in tensors]
-        own.append(tensors)
-    return [own[0] if len(own) == 1 else [torch.cat(same) for same in zip(*own, strict=True)] for own in found]
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        self._calls: list[_Call] = []
+        self._results = jobs[0].point.record.options.executor(run, _tasks(jobs, self._calls)) if jobs else ()
+
+    def values(self) -> list[list[Tensor]]:
+        """Each differentiable output at all points of each job, (points, *shape); to be asked for once."""
+        found: dict[Job, list[list[Tensor]]] = {job: [] for job in self.jobs}
+        # held by the loop alone, so that an error ends the round here
+        for number, result in enumerate(vars(self).pop("_results")):
+            job, where, copies = self._calls[number]
+            record, point = job.point.record, job.point
+            try:
+                outputs = record.count.taken(result, point.flat.label, where, copies * len(point.records), False)
+            except LostEvaluationError:
+                found[job].append([value.new_full((copies, *value.shape), torch.nan) for value in point.values])
+                continue
+            _check_kind(point, outputs, where, copies)
+            tensors = [outputs.tensors[k] for k in point.floats]
+            if copies > 1 and point.out_dims is not None:
+                tensors = [_unstacked(tensor, dim, copies) for tensor, dim in zip(tensors, point.out_dims, strict=True)]
+            else:
+                tensors = [tensor.unsqueeze(0) for tensor in tensors]
+            found[job].append(tensors)
+        each = found.values()
+        return [own[0] if len(own) == 1 else [torch.cat(same) for same in zip(*own, strict=True)] for own in each]
+
+
+def _tasks(jobs: Sequence[Job], calls: list[_Call]) -> Iterator[Task]:
+    for job in jobs:
+        record = job.point.record
+        streams = record.streams if record.draws else None
+        for points, where, copies in job.calls():
+            calls.append(_Call(job, where, copies))
+            yield Task(record.flat, points, streams)
 
 
 def evaluate_at(

@@ -54,9 +54,12 @@ class Progress:
                 label = task.program.label
                 yield task
 
-        for result in self.executor(function, named()):
-            self._advance(result.calls, label)
-            yield result
+        def counted(results: Iterable[Result]) -> Iterator[Result]:
+            for result in results:
+                self._advance(result.calls, label)
+                yield result
+
+        return counted(self.executor(function, named()))
 
     def _advance(self, calls: int, label: str) -> None:
         self._count += calls

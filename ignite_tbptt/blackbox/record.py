@@ -140,9 +140,19 @@ class Record:
     @property
     def estimator(self) -> Estimator:
         """The estimator, with steps that were measured where they were to be."""
-        measured = self.facts.step_sizes
-        found = measured.get(self.inputs_key) if measured else None
+        found = self.measured_steps
         return self.asked if found is None else replace(self.asked, step_size=found)
+
+    @property
+    def measured_steps(self) -> Any:
+        """The steps that were measured for these inputs, None where none were."""
+        measured = self.facts.step_sizes
+        return measured.get(self.inputs_key) if measured else None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the slopes of all outputs."""
+        return self.columns * 8 * sum(tensor.numel() for tensor in self.outputs.tensors)
 
     def _drew(self, streams: RandomStreams, draws: bool) -> None:
         """Hold the streams as they were before an evaluation, and whether it drew from them."""

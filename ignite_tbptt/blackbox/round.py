@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.ahead import UnderWay, is_under_way, take
 from ignite_tbptt.blackbox.block import Group, rows_of
 from ignite_tbptt.blackbox.certificate import certify
 from ignite_tbptt.blackbox.coarse import compare_steps
@@ -27,7 +28,7 @@ from ignite_tbptt.blackbox.errors import BlackboxError, LostEvaluationError
 from ignite_tbptt.blackbox.estimator import quotients
 from ignite_tbptt.blackbox.measuring import measure_steps
 from ignite_tbptt.blackbox.moves import Moves, all_finite
-from ignite_tbptt.blackbox.point import Job, Point, evaluate_at, evaluated, jobs_of, key_of
+from ignite_tbptt.blackbox.point import Evaluations, Job, Point, evaluate_at, jobs_of, key_of
 from ignite_tbptt.blackbox.probes import verify, verify_pattern
 from ignite_tbptt.blackbox.record import Record, autocast_off
 from ignite_tbptt.blackbox.task import ALONE, SerialEvaluation, runs_elsewhere, size_of
@@ -95,6 +96,7 @@ def gradients(
                 # Away from x the blackbox drew numbers, each evaluation its own: once more, with the same for all, x
                 # included.
                 record.draws, record.first, record.held = True, None, None
+                record.facts.keeps_to_backward = True
                 held, slopes = _evaluate(record, [record], many[0])
                 found = _contracted(record, held, slopes, many)
         finally:
@@ -171,6 +173,11 @@ def _evaluate(record: Record, reachable: Sequence[Record], cotangents: Sequence[
     measure_steps(record, due)
     if point is not None:
         compare_steps(point, cotangents, first)
+    begun = take(record)
+    if begun is not None:
+        slopes = _begun(begun)
+        return _Held(begun.point, []), _with_pattern(begun.point, slopes) if due else slopes
+    others = [other for other in others if is_under_way(other) is None]
     alike = _merged(record, others)
     if point is None or len(alike) > 1:
         point = Point(alike)
@@ -214,9 +221,17 @@ def _slopes_at_once(points: Sequence[Point]) -> list[list[tuple[Group, list[_Slo
         for group in slopes
         for job in jobs_of(point, group)
     ]
-    for (slopes_of_group, job), value in zip(jobs, evaluated([job for _, job in jobs]) if jobs else [], strict=True):
+    for (slopes_of_group, job), value in zip(jobs, Evaluations([job for _, job in jobs]).values(), strict=True):
         slopes_of_group.append(_slopes_of(job, value))
     return [list(slopes.items()) for slopes in found]
+
+
+def _begun(begun: UnderWay) -> list[tuple[Group, list[_Slopes]]]:
+    """The slopes of a record whose evaluations are under way, those of the others are left to their own backward."""
+    found: dict[Group, list[_Slopes]] = {}
+    for group, job, values in begun.values():
+        found.setdefault(group, []).append(_slopes_of(job, values))
+    return list(found.items())
 
 
 def _by_record(point: Point, slopes: Sequence[tuple[Group, list[_Slopes]]]) -> list[list[tuple[Group, list[_Slopes]]]]:
@@ -236,9 +251,9 @@ def _side_by_side(record: Record, others: Sequence[Record]) -> list[Record]:
     options = record.options
     if not runs_elsewhere(options.executor) or not isinstance(record.asked.directions, Coordinates):
         return [record]
-    together, room = [record], HELD_BYTES - _held_size(record)
+    together, room = [record], HELD_BYTES - record.held_bytes
     for other in others:
-        room -= _held_size(other)
+        room -= other.held_bytes
         if room < 0:
             break
         measure_steps(other, False)
@@ -262,7 +277,7 @@ def _merged(record: Record, others: Sequence[Record]) -> list[Record]:
     if key is None or any(t.numel() == 0 for t in record.tensors):
         return [record]
     stack_bytes = getattr(options.executor, "stack_bytes", 2**19)
-    each = _held_size(record)
+    each = record.held_bytes
     size = max(size_of(record.tensors), size_of(record.outputs.tensors), 1)
     room = min(HELD_BYTES // max(1, each), stack_bytes // size)
     alike = [record]
@@ -296,15 +311,10 @@ def _fits(record: Record, other: Record) -> bool:
     return len(first) == len(second) and all(a.dtype == b.dtype for a, b in zip(first, second, strict=True))
 
 
-def _held_size(record: Record) -> int:
-    """Bytes of the slopes of all outputs of a record."""
-    return record.columns * 8 * sum(tensor.numel() for tensor in record.outputs.tensors)
-
-
 def _streamed(point: Point) -> Iterator[tuple[Group, Iterator[_Slopes]]]:
     """Slopes of a record by itself, portion by portion."""
     for group in point.groups:
-        yield group, (_slopes_of(job, evaluated([job])[0]) for job in jobs_of(point, group))
+        yield group, (_slopes_of(job, Evaluations([job]).values()[0]) for job in jobs_of(point, group))
 
 
 def _slopes_of(job: Job, values: Sequence[Tensor]) -> _Slopes:
@@ -328,7 +338,7 @@ def _slopes_of(job: Job, values: Sequence[Tensor]) -> _Slopes:
         if not _inside(point, mirrored):
             sides = "and the other side is out of bounds,"
             continue
-        (again,) = evaluated([Job(point, mirrored, job.rows_move)])
+        (again,) = Evaluations([Job(point, mirrored, job.rows_move)]).values()
         for slope, other in zip(slopes, quotients(mirrored, again, point.values, dims), strict=True):
             slope[move] = torch.where(slope[move].isnan(), other[0], slope[move])
     return _Slopes(moves, slopes, any(bool(s.isnan().any()) for s in slopes), sides)

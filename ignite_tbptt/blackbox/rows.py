@@ -46,7 +46,9 @@ class Rows:
                     # Several rows at a time on the caller's own modules would see one another's attributes.
                     yield replace(task, points=_row(task, row), first=task.first and self.executor is map)
 
-        results = iter(self.executor(function, rows()))
+        return self._batches(batches, iter(self.executor(function, rows())))
+
+    def _batches(self, batches: deque[tuple[Task, int]], results: Iterator[Result]) -> Iterator[Result]:
         for first in results:
             task, count = batches.popleft()
             yield self._joined(task, [first, *(next(results) for _ in range(count - 1))])

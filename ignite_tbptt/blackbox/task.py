@@ -16,8 +16,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Pool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -368,6 +369,15 @@ def runs_elsewhere(executor: Any) -> bool:
 def alike_on_all_ranks(executor: Any) -> bool:
     """Whether all ranks have to ask an executor for the same evaluations."""
     return getattr(_innermost(executor), "alike_on_all_ranks", False)
+
+
+def begins_ahead(executor: Any) -> Literal["", "here", "elsewhere"]:
+    """Whether evaluations are to begin when a call is made, and whether in this process."""
+    asked = False
+    while executor is not None:
+        pool, asked = executor, asked or getattr(executor, "ahead", False)
+        executor = getattr(executor, "executor", None)
+    return ("here" if isinstance(pool, ThreadPoolExecutor) else "elsewhere") if asked else ""
 
 
 def _innermost(executor: Any) -> Any:

@@ -44,19 +44,25 @@ def _of(fn: Any, *inputs: Tensor, **options: Any) -> Case:
 
 def _window(executor: Any) -> list[Tensor]:
     inputs = torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2)
-    gain, h = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.zeros(2, dtype=torch.float64)
+    gain, found = torch.ones(2, dtype=torch.float64, requires_grad=True), list[Tensor]()
     f: Any = blackbox(recurrent, numpy=True, executor=executor, estimator=CentralDifference())
-    for x in inputs:
-        h = f(x * gain, h * gain)
-    return list(torch.autograd.grad(h.sum(), gain))
+    for start in range(2):
+        h = torch.full((2,), float(start), dtype=torch.float64)
+        for x in inputs:
+            h = f(x * gain, h * gain)
+        found += torch.autograd.grad(h.sum(), gain)
+    return found
 
 
 def _module(executor: Any) -> list[Tensor]:
     module = Simulator()
     f = Blackbox(module, executor=executor, estimator=CentralDifference())
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
-    total = f(x).sum() + f(x * 2).sum()  # the buffer has counted in between
-    return list(torch.autograd.grad(total, [x, *module.layer.parameters()]))
+    leaves, found = [x, *module.layer.parameters()], list[Tensor]()
+    for _ in range(2):
+        total = f(x).sum() + f(x * 2).sum()  # the buffer has counted in between
+        found += torch.autograd.grad(total, leaves)
+    return found
 
 
 def _many_tensors(executor: Any) -> list[Tensor]:

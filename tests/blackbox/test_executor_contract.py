@@ -29,7 +29,7 @@ def pools() -> Iterator[Pools]:
     with (
         ThreadPoolExecutor(4) as threads,
         ProcessPoolExecutor(2, mp_context=spawn) as processes,
-        LocalCluster(2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,  # type: ignore[no-untyped-call]
+        LocalCluster(2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,  # type: ignore[no-untyped-call]
         Client(cluster) as client,  # type: ignore[no-untyped-call]
     ):
         yield Pools(threads, processes, client.get_executor())
@@ -46,15 +46,22 @@ EXECUTORS: dict[str, Callable[[Pools, Path], Any]] = {
     "stacked": lambda pools, path: StackedEvaluation(required=False),
     "threads": lambda pools, path: pools.threads,
     "threads, with a time-out": lambda pools, path: Workers(pools.threads, timeout=30, retries=1),
+    "threads, ahead": lambda pools, path: Workers(pools.threads, ahead=True),
     "the map of threads": lambda pools, path: pools.threads.map,
     "processes": lambda pools, path: pools.processes,
     "processes, lost ones as NaN": lambda pools, path: Workers(pools.processes, failed="nan"),
+    "processes, ahead": lambda pools, path: Workers(pools.processes, ahead=True),
     "the map of processes": lambda pools, path: pools.processes.map,
+    "Dask, ahead": lambda pools, path: Workers(pools.dask, ahead=True),
     "Dask": lambda pools, path: pools.dask,
     "serial on processes": lambda pools, path: SerialEvaluation(executor=pools.processes),
     "stacked on threads": lambda pools, path: StackedEvaluation(executor=pools.threads, required=False),
+    "stacked on threads, ahead": lambda pools, path: StackedEvaluation(
+        executor=Workers(pools.threads, ahead=True), required=False
+    ),
     "journal": lambda pools, path: Journaled(path),
     "journal of processes": lambda pools, path: Journaled(path, pools.processes),
+    "journal of threads, ahead": lambda pools, path: Journaled(path, Workers(pools.threads, ahead=True)),
     "of one's own": lambda pools, path: backwards,
 }
 

@@ -23,6 +23,7 @@ from ignite_tbptt.blackbox import (
     CentralDifference,
     SerialEvaluation,
     StackedEvaluation,
+    Task,
     UntrustedGradientWarning,
     Workers,
     blackbox,
@@ -296,6 +297,42 @@ def test_short_evaluations_are_sent_several_at_a_time(milliseconds: float) -> No
     assert (max(pool.sizes) > 1) == (milliseconds < 10)
 
 
+@pytest.mark.parametrize("count", [16, 2])
+def test_a_cluster_is_sent_more_at_a_time_where_there_is_enough_for_all_workers(count: int) -> None:
+    x = torch.linspace(0, 1, count, dtype=torch.float64).requires_grad_()
+    with ThreadPoolExecutor(2) as threads:
+        pool = Recorded(threads)
+        f = blackbox(Busy(15), executor=pool, estimator=CentralDifference(), repeatable=False)
+        for _ in range(3):
+            pool.sizes.clear()
+            found = torch.autograd.grad(f(x).sum(), x)[0]
+    assert (2 < max(pool.sizes) <= 4) if count > 8 else max(pool.sizes) == 1
+    assert torch.equal(found, torch.autograd.grad(blackbox(squared, estimator=CentralDifference())(x).sum(), x)[0])
+
+
+def test_points_of_many_bytes_are_not_all_made_ahead() -> None:
+    """80 points of 8 MiB on two slow workers: at most 256 MiB of them wait, and a few for the workers at hand."""
+    made, done, waiting = [0], [0], [0]
+
+    class Watched(ThreadPoolExecutor):
+        def submit(self, fn: Any, function: Any, tasks: list[Task], /) -> Any:  # type: ignore[override]
+            made[0] += len(tasks)
+            waiting[0] = max(waiting[0], made[0] - done[0])
+            return super().submit(fn, function, tasks)
+
+    def slow(x: Any, field: Any) -> Any:
+        time.sleep(0.03)
+        done[0] += 1
+        return x * field[:40]
+
+    x = torch.zeros(40, dtype=torch.float64, requires_grad=True)
+    with Watched(2) as pool:
+        f = blackbox(slow, numpy=True, executor=pool, estimator=CentralDifference())
+        f(x, torch.ones(2**20, dtype=torch.float64)).sum().backward()
+    assert made[0] >= 80
+    assert waiting[0] < 40
+
+
 def test_a_large_program_is_sent_to_each_worker_once() -> None:
     x = torch.linspace(0, 1, 10, dtype=torch.float64).requires_grad_()
     table = torch.rand(10_000, dtype=torch.float64)
@@ -406,7 +443,7 @@ def test_a_pool_that_heals_gives_the_gradient_although_a_worker_was_killed(tmp_p
     clean.mkdir()
     (clean / "die").touch()
     with (
-        LocalCluster(2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,  # type: ignore[no-untyped-call]
+        LocalCluster(2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster,  # type: ignore[no-untyped-call]
         Client(cluster) as client,  # type: ignore[no-untyped-call]
     ):
         found = run_once(tmp_path, "die", client.get_executor())
