@@ -9,19 +9,19 @@ climbed, with a factor of 8 from step to step. Pairs with every stencil; kinks a
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
+from ignite_tbptt.blackbox.along import Along
+from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
 from ignite_tbptt.blackbox.measuring import measure_steps
-from ignite_tbptt.blackbox.point import Point, evaluate_at, key_of
+from ignite_tbptt.blackbox.point import Point, key_of
 from ignite_tbptt.blackbox.random_directions import Gaussian
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import RelativeStep, unbounded
@@ -44,7 +44,7 @@ _TOLERANCE, _ONE_SIDED_TOLERANCE, _CHOSEN_TOLERANCE = 0.003, 0.02, 0.05
 class _Line:
     """The weighted outputs as a function of one element."""
 
-    phi: Callable[[float], float]
+    phi: Along
     stencil: Stencil
     h: float
     noise: float
@@ -56,14 +56,19 @@ class _Line:
 
     def slope(self, level: int) -> float:
         """By the stencil that is used, at ``h * 8 ** level``; NaN where the function is not defined."""
-        h = self.h * float(_FACTOR) ** level
-        pairs = zip(self.stencil.offsets, self.stencil.weights, strict=True)
-        return sum(weight * self.phi(offset * h) for offset, weight in pairs) / h
+        return self.slopes([level])[0]
+
+    def slopes(self, levels: Sequence[int]) -> list[float]:
+        """Several of them, evaluated together."""
+        steps, offsets = [self.h * float(_FACTOR) ** level for level in levels], self.stencil.offsets
+        values = iter(self.phi.at([offset * h for h in steps for offset in offsets]))
+        return [sum(weight * next(values) for weight in self.stencil.weights) / h for h in steps]
 
     def sides(self, level: int) -> tuple[float, float]:
         """The slopes to the right and to the left of x."""
         h = self.h * float(_FACTOR) ** level
-        return (self.phi(h) - self.phi(0.0)) / h, (self.phi(0.0) - self.phi(-h)) / h
+        ahead, behind = self.phi.at([h, -h])
+        return (ahead - self.phi(0.0)) / h, (self.phi(0.0) - behind) / h
 
 
 def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool) -> None:
@@ -140,14 +145,14 @@ def _compared(
     tolerance = _TOLERANCE if stencil.is_two_sided else _ONE_SIDED_TOLERANCE
     if not isinstance(step_size, RelativeStep) or step_size.factor is not None:
         tolerance = _CHOSEN_TOLERANCE
-    line = _Line(functools.cache(_phi(point, k, position, index, used)), stencil, h, noise, tolerance)
-    quick = [line.slope(level) for level in sorted({0, min(2, top), min(4, top)})]
+    line = _Line(_along(point, k, index, used), stencil, h, noise, tolerance)
+    quick = line.slopes(sorted({0, min(2, top), min(4, top)}))
     element = f"element {index} of {point.flat.name(k)}"
     if not any(slope for slope in quick if math.isfinite(slope)):
         return _if_zero(line, point, k, element, max(1.0, abs(x)))
     if all(line.agree(quick[0], slope) for slope in quick[1:] if math.isfinite(slope)):
         return None
-    slopes = [line.slope(level) for level in range(top + 1)]
+    slopes = line.slopes(range(top + 1))
     while slopes and not math.isfinite(slopes[-1]):
         slopes.pop()  # out of bounds, or outside the domain
     if len(slopes) < 2 or not all(map(math.isfinite, slopes)):
@@ -247,7 +252,7 @@ def _jump(line: _Line, slopes: Sequence[float]) -> float:
 
 def _jump_within(line: _Line, level: int) -> float:
     spacing = line.h * float(_FACTOR) ** level / _AROUND
-    values = [line.phi(k * spacing) for k in range(-_AROUND, _AROUND + 1)]
+    values = line.phi.at([k * spacing for k in range(-_AROUND, _AROUND + 1)])
     steps = [after - before for before, after in itertools.pairwise(values)]
     if not all(map(math.isfinite, steps)):
         return 0.0
@@ -274,7 +279,7 @@ def _has_plateaus(line: _Line, level: int) -> bool:
     h = line.h * float(_FACTOR) ** level
     here = line.phi(0.0)
     for side in (h, -h):
-        values = [value for i in range(1, 9) if (value := line.phi(side * i / 8)) != here]
+        values = [value for value in line.phi.at([side * i / 8 for i in range(1, 9)]) if value != here]
         if len(set(values)) == len(values):
             return False
     return True
@@ -287,24 +292,11 @@ def _same_to_both_sides(line: _Line, level: int) -> bool:
     return ahead * behind > 0 and 0.2 < ahead / behind < 5
 
 
-def _phi(
-    point: Point, k: int, position: int, index: tuple[int, ...], used: Sequence[tuple[int, Tensor]]
-) -> Callable[[float], float]:
-    step_size = point.record.estimator.step_size
+def _along(point: Point, k: int, index: tuple[int, ...], used: Sequence[tuple[int, Tensor]]) -> Along:
+    moves = torch.zeros_like(point.x[k], dtype=torch.bool)
+    moves[index] = True
 
-    def phi(t: float) -> float:
-        if t == 0:
-            found = point.first.tensors
-        else:
-            points = [x.clone() for x in point.x]
-            points[k][index] += t
-            inside = step_size.inside(points[k], position)
-            if not torch.equal(inside[index], points[k][index]):
-                return math.nan
-            try:
-                found = evaluate_at(point.record, points, "moved further, to compare steps", 1, point).tensors
-            except BlackboxError:
-                return math.nan  # so far away it may be outside its domain
-        return sum(float((v * found[n].double()).sum()) for n, v in used)
+    def weigh(outputs: Sequence[Tensor]) -> float:
+        return sum(float((v * outputs[n].double()).sum()) for n, v in used)
 
-    return phi
+    return Along(point, k, moves, weigh, "moved further, to compare steps")

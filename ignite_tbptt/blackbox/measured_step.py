@@ -9,7 +9,7 @@ bisects on h until the ratio is a little above 1. Pairs with `noise`, which find
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,10 @@ from torch import Tensor
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import RelativeStep, Steps, require_positive
 
-__all__ = ["FoundStep", "MeasuredStep", "find_step", "ratio_weights", "still_suits"]
+__all__ = ["FoundStep", "MeasuredStep", "Values", "find_step", "ratio_weights", "still_suits"]
+
+Values = Callable[[Sequence[float]], list[float]]
+"""A function of one number, asked for several values at a time."""
 
 _MOST = 60  # ratios that a search may take; 4 to 15 are usual
 
@@ -100,15 +103,13 @@ def _interval(stencil: Stencil) -> tuple[float, float]:
     return (1.5, 6.0) if stencil.order == 1 else (1.5, 4.5)
 
 
-def find_step(
-    phi: Callable[[float], float], stencil: Stencil, noise: float, largest: float, start: float | None = None
-) -> FoundStep:
+def find_step(values: Values, stencil: Stencil, noise: float, largest: float, start: float | None = None) -> FoundStep:
     """Find the step at which truncation is about as large as noise.
 
     Args:
-        phi: f along a line, at a distance from x.
+        values: f along a line, at several distances from x.
         stencil: the formula.
-        noise: standard deviation of phi.
+        noise: standard deviation of f.
         largest: the longest step to be tried.
         start: where the search begins; by default at the step that suits a derivative of size 1.
     """
@@ -118,7 +119,7 @@ def find_step(
     first = h = min(largest, start or 2.0 * noise ** (1 / (stencil.order + 1)))
     lower, upper, jump = 0.0, math.inf, 0.0
     for _ in range(_MOST):
-        difference = abs(sum(weight * phi(offset * h) for offset, weight in weights.items()))
+        difference = abs(_weighted(values, weights, h))
         ratio = difference / noise
         if low <= ratio <= high:
             return FoundStep(h, noise, True)
@@ -144,8 +145,13 @@ def find_step(
     return FoundStep(lower or first, noise, False)
 
 
-def still_suits(phi: Callable[[float], float], stencil: Stencil, found: FoundStep) -> bool:
+def still_suits(values: Values, stencil: Stencil, found: FoundStep) -> bool:
     """Whether the ratio at a step that was found is still about what the search accepts, within a factor of 4."""
-    ratio = abs(sum(weight * phi(offset * found.h) for offset, weight in ratio_weights(stencil).items())) / found.noise
+    ratio = abs(_weighted(values, ratio_weights(stencil), found.h)) / found.noise
     low, high = _interval(stencil)
     return (low / 4 <= ratio or not found.accepted) and ratio <= 4 * high
+
+
+def _weighted(values: Values, weights: dict[int, float], h: float) -> float:
+    found = values([offset * h for offset in weights])
+    return sum(weight * value for weight, value in zip(weights.values(), found, strict=True))

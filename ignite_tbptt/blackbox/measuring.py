@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.along import Along
 from ignite_tbptt.blackbox.block import rows_of
-from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.measured_step import FoundStep, MeasuredStep, find_step, still_suits
 from ignite_tbptt.blackbox.noise import noise_level
-from ignite_tbptt.blackbox.point import Point, evaluate_at
+from ignite_tbptt.blackbox.point import Point
 from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.step_size import BoundedStep, PerInputStep, RelativeStep, StepSize
 
@@ -101,59 +101,42 @@ def _resolved(step_size: StepSize, position: int, found: dict[int, Measurement])
 def _measured(point: Point, k: int, position: int, step: MeasuredStep, before: Measurement | None) -> Measurement:
     stencil = point.record.asked.stencil
     if before is not None:
-        line = _Line(point, k, position, before.column)
-        if still_suits(line, stencil, before.step):
+        line = _Line(point, k, before.column)
+        if still_suits(line.at, stencil, before.step):
             return before
     dim = None if point.flat.in_dims is None else point.flat.in_dims[k]
     columns = rows_of(tuple(point.x[k].shape), dim).split(point.x[k].detach())
     order = torch.randperm(columns.shape[1], generator=torch.Generator().manual_seed(position)).tolist()
     for column in order[:_ELEMENTS]:
-        line = _Line(point, k, position, column)
+        line = _Line(point, k, column)
         around = float(columns[:, column].abs().max())
-        noise = step.noise * line.spread if step.noise else noise_level(line, around or 1.0, point.eps, 0.5)
+        noise = step.noise * line.spread if step.noise else noise_level(line.at, around or 1.0, point.eps, 0.5)
         # what rounding does to values of this size where it happens not to show
         noise = max(noise, point.eps * line.size / 8, 1e-300)
-        found = Measurement(column, find_step(line, stencil, noise, max(1.0, around)), max(1.0, around))
+        found = Measurement(column, find_step(line.at, stencil, noise, max(1.0, around)), max(1.0, around))
         if found.step.accepted:
             break
     return found
 
 
-class _Line:
-    """The weighted sum of the outputs when one column of an input moves; values are kept."""
+class _Line(Along):
+    """The outputs with random weights when one column of an input moves, in all rows."""
 
-    def __init__(self, point: Point, k: int, position: int, column: int) -> None:
-        self._point, self._k, self._position, self._column = point, k, position, column
-        self._layout = rows_of(tuple(point.x[k].shape), None if point.flat.in_dims is None else point.flat.in_dims[k])
+    def __init__(self, point: Point, k: int, column: int) -> None:
+        dim = None if point.flat.in_dims is None else point.flat.in_dims[k]
+        layout = rows_of(tuple(point.x[k].shape), dim)
+        moves = layout.split(torch.zeros_like(point.x[k], dtype=torch.bool)).clone()
+        moves[:, column] = True
         generator = torch.Generator().manual_seed(0)
-        self._weights = [
-            torch.rand(value.shape, generator=generator, dtype=torch.float64).add_(0.5) for value in point.values
-        ]
-        self.size = math.sqrt(sum(float(part.square().sum()) for part in self._parts(point.values)))
-        self.spread = math.sqrt(sum(float(weight.square().sum()) for weight in self._weights))
-        self._values: dict[float, float] = {0.0: self._sum(point.values)}
+        weights = [torch.rand(y.shape, generator=generator, dtype=torch.float64).add_(0.5) for y in point.values]
 
-    def __call__(self, distance: float) -> float:
-        if distance not in self._values:
-            self._values[distance] = self._at(distance)
-        return self._values[distance]
+        def parts(outputs: Sequence[Tensor]) -> list[Tensor]:
+            return [w * outputs[n].double().cpu() for w, n in zip(weights, point.floats, strict=True)]
 
-    def _at(self, distance: float) -> float:
-        point, k = self._point, self._k
-        points = [x.clone() for x in point.x]
-        rows = self._layout.split(points[k]).clone()
-        rows[:, self._column] += distance
-        points[k] = self._layout.join(rows).contiguous()
-        if not torch.equal(point.record.asked.step_size.inside(points[k], self._position), points[k]):
-            return math.nan  # out of bounds
-        try:
-            found = evaluate_at(point.record, points, f"{point.flat.name(k)} moved, to measure a step", 1, point)
-        except BlackboxError:
-            return math.nan  # outside of the domain, as long steps may be
-        return self._sum([found.tensors[n] for n in point.floats])
+        def weigh(outputs: Sequence[Tensor]) -> float:
+            return sum(float(part.sum()) for part in parts(outputs))
 
-    def _parts(self, values: Sequence[Tensor]) -> list[Tensor]:
-        return [weight * value.double().cpu() for weight, value in zip(self._weights, values, strict=True)]
-
-    def _sum(self, values: Sequence[Tensor]) -> float:
-        return sum(float(part.sum()) for part in self._parts(values))
+        self.size = math.sqrt(sum(float(part.square().sum()) for part in parts(point.first.tensors)))
+        self.spread = math.sqrt(sum(float(weight.square().sum()) for weight in weights))
+        why = f"{point.flat.name(k)} moved, to measure a step"
+        super().__init__(point, k, layout.join(moves).contiguous(), weigh, why)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
+from ignite_tbptt.blackbox.measured_step import Values
 from ignite_tbptt.random_streams import RandomStreams
 
-__all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level"]
+__all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level", "one_by_one"]
 
 Scalar = Callable[[float], float]
 
@@ -74,7 +75,7 @@ def estimate_noise(fn: Callable[..., Any], *inputs: Any, numpy: bool = False, se
         if not math.isfinite(size):
             raise BlackboxError(f"{line.label} is NaN or infinite at the inputs: there is no noise to measure")
         eps = torch.finfo(torch.float64 if numpy else line.dtype).eps
-        level, converged = _noise(phi, line.scale, eps, 0.75)
+        level, converged = _noise(one_by_one(phi), line.scale, eps, 0.75)
     return NoiseEstimate(level / line.spread, level / (size or 1.0), converged)
 
 
@@ -143,29 +144,34 @@ class Line:
         return sum(float((weight * value).sum()) for weight, value in zip(self._weights, values, strict=True))
 
 
-def noise_level(phi: Scalar, scale: float, eps: float, power: float = 0.75) -> float:
+def one_by_one(phi: Scalar) -> Values:
+    """A function that is asked for several values at a time."""
+    return lambda distances: [phi(t) for t in distances]
+
+
+def noise_level(values: Values, scale: float, eps: float, power: float = 0.75) -> float:
     """Standard deviation of the noise in a function of one number, near 0 (ECNoise, More and Wild 2011, section 4).
 
     Args:
-        phi: the function.
+        values: the function, asked for several values at a time.
         scale: size of the numbers that it is given.
         eps: their relative precision.
         power: the spacing of the seven values starts at ``eps ** power`` of the scale.
 
     Returns:
-        The noise in the units of phi; 0 where none was seen, as with a constant.
+        The noise in its units; 0 where none was seen, as with a constant.
     """
-    return _noise(phi, scale, eps, power)[0]
+    return _noise(values, scale, eps, power)[0]
 
 
-def _noise(phi: Scalar, scale: float, eps: float, power: float) -> tuple[float, bool]:
+def _noise(values: Values, scale: float, eps: float, power: float) -> tuple[float, bool]:
     spacing = scale * eps**power
     level = 0.0
     while spacing < scale:
-        values = [phi((k - 3) * spacing) for k in range(7)]
-        if not all(map(math.isfinite, values)):
+        differences = values([(k - 3) * spacing for k in range(7)])
+        if not all(map(math.isfinite, differences)):
             break
-        differences, levels, changes, gamma = values, [], [], 1.0
+        levels, changes, gamma = [], [], 1.0
         for k in range(1, 7):
             differences = [after - before for before, after in itertools.pairwise(differences)]
             gamma *= k / (2 * (2 * k - 1))

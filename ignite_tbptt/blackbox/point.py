@@ -22,7 +22,7 @@ from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.step_size import steps_around
 from ignite_tbptt.blackbox.task import SerialEvaluation, StackedEvaluation, Task, run, size_of
 
-__all__ = ["Evaluations", "Job", "Point", "evaluate_all", "evaluate_at", "jobs_of", "key_of"]
+__all__ = ["Evaluations", "Job", "Point", "checked", "evaluate_all", "evaluate_at", "jobs_of", "key_of"]
 
 # Slopes are taken of so many evaluations at a time as leave outputs of this size, or of fewer.
 _PORTION_BYTES, _MOST_AT_A_TIME = 2**20, 4096
@@ -277,9 +277,17 @@ def evaluate_all(point: Point, places: Iterable[list[Tensor]], where: str) -> li
     streams = record.streams if record.draws else None
     results = record.options.executor(run, (Task(record.flat, tensors, streams) for tensors in places))
     found = [record.count.taken(result, record.flat.label, lambda: where, 1, True) for result in results]
-    for outputs in found:
-        _check_kind(point, outputs, lambda: where, 1)
-    return found
+    return [checked(point, outputs, where) for outputs in found]
+
+
+def checked(point: Point, outputs: Outputs, where: str) -> Outputs:
+    """Outputs that are of the kind of those at x.
+
+    Raises:
+        BlackboxError: they are not.
+    """
+    _check_kind(point, outputs, lambda: where, 1)
+    return outputs
 
 
 def _check_kind(point: Point, outputs: Outputs, where: Callable[[], str], copies: int) -> None:

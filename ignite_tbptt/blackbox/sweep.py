@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.noise import Line, Scalar, noise_level
+from ignite_tbptt.blackbox.noise import Line, Scalar, noise_level, one_by_one
 from ignite_tbptt.blackbox.stencil import Stencil, central
 
 __all__ = ["StepSweep", "step_sweep"]
@@ -115,7 +115,7 @@ def step_sweep(
             raise BlackboxError(f"{line.label} is NaN or infinite at the inputs: there is no slope to measure")
         eps = torch.finfo(torch.float64 if numpy else line.dtype).eps
         steps = line.steps(math.ceil(math.log2(eps)) + 3)
-        noise = noise_level(phi, line.scale, eps)
+        noise = noise_level(one_by_one(phi), line.scale, eps)
         truth, reference = _truth(line, phi, steps, noise, numpy)
         errors = [abs(_slope(formula, phi, h) - truth) / abs(truth) for h in steps]
     best = _lowest(errors)
@@ -129,7 +129,7 @@ def _truth(line: Line, phi: Scalar, steps: list[float], noise: float, numpy: boo
             exact = line.along(torch.float64)
             eps = torch.finfo(torch.float64).eps
             fine = line.steps(-40)
-            fine_noise = noise_level(exact, line.scale, eps)
+            fine_noise = noise_level(one_by_one(exact), line.scale, eps)
             # a function that rounds inside gains nothing from float64
             if fine_noise < 0.01 * noise:
                 return _ridders(exact, fine, fine_noise, line.label), "float64"

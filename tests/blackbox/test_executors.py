@@ -78,6 +78,21 @@ def test_the_calls_of_a_window_go_out_together() -> None:
     assert most[0] > 8
 
 
+def test_what_verifies_goes_out_together_too() -> None:
+    """Two elements, each at three widths to both sides: one round for each, not twelve."""
+    x = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+    sizes: list[int] = []
+
+    def counted(function: Any, tasks: Any) -> Any:
+        given = list(tasks)
+        sizes.append(len(given))
+        return map(function, given)
+
+    f: Any = blackbox(lambda x: np.sin(x).sum(), numpy=True, executor=counted, estimator=CentralDifference())
+    f(x).backward()
+    assert sizes == [1, 6, 6, 4]  # at x once more, the two elements, the gradient
+
+
 def run_once(folder: Path, how: str, executor: Any) -> Any:
     x = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
     f = blackbox(Once(folder, how), numpy=True, executor=executor, estimator=CentralDifference())
@@ -365,9 +380,11 @@ def test_lost_evaluations_count_as_nan() -> None:
         ):
             f = blackbox(fails_ahead_of_two, numpy=True, executor=executor, estimator=CentralDifference())
             with pytest.warns(
-                UntrustedGradientWarning, match=r"1 of \d+ evaluations were lost .* the last by OSError: the lic"
-            ):
+                UntrustedGradientWarning, match="evaluations were lost .* the last by OSError: the lic"
+            ) as warned:
                 f(x).sum().backward()
+            told = [str(each.message).split(" evaluations")[0] for each in warned]
+            assert told == ["3 of 6", "1 of 6"]  # of those that compare steps, and of the gradient itself
             # one-sided where the point ahead was lost: its error is h
             assert x.grad is not None
             assert torch.allclose(x.grad, 2 * x.detach(), rtol=1e-5)

@@ -152,7 +152,7 @@ def test_a_row_that_fails_is_named_or_lost_alone() -> None:
             pytest.warns(UntrustedGradientWarning, match="1 of 3 evaluations"),
         ):
             f(start + 1)
-        with pytest.warns(UntrustedGradientWarning, match=r"1 of \d+ evaluations were lost"):
+        with pytest.warns(UntrustedGradientWarning, match=r"\d of \d+ evaluations were lost"):
             f(x).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, 2 * start, rtol=1e-5)
