@@ -144,9 +144,10 @@ def reference(fn: Function, x: float) -> float:
 
 def smooth() -> None:
     names = [*ESTIMATORS, *(f"{name}, measured" for name in ESTIMATORS), "scipy 2-point", "scipy 3-point"]
-    print(f"{'relative error':24}" + "".join(f"{name:>19}" for name in names) + f"{'evaluations':>13}")
+    print(f"{'relative error':24}" + "".join(f"{name:>19}" for name in names) + f"{'to measure':>17}")
+    spent: dict[str, list[int]] = {name: [] for name in ESTIMATORS}
     for title, (fn, x, derivative) in SMOOTH.items():
-        exact, found, searches = derivative(x), {}, []
+        exact, found = derivative(x), {}
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for name, make in ESTIMATORS.items():
@@ -156,11 +157,16 @@ def smooth() -> None:
                     found[name] = math.nan
                 value, f, _ = gradient(fn, x, estimator=make(MeasuredStep()))
                 found[f"{name}, measured"] = value
-                searches.append(f.count.probes)
+                # beside once more at x and the slopes at three widths, which are asked for whatever the step
+                spent[name].append(f.count.probes - 1 - 3 * len(make().stencil.evaluated))
             for method in ("2-point", "3-point"):
                 found[f"scipy {method}"] = float(approx_derivative(fn, x, method=method)[0])
         errors = {name: abs(value - exact) / abs(exact) for name, value in found.items()}
-        print(f"{title:24}" + "".join(f"{errors[name]:>19.1e}" for name in names) + f"{searches!s:>17}", flush=True)
+        last = str([counts[-1] for counts in spent.values()])
+        print(f"{title:24}" + "".join(f"{errors[name]:>19.1e}" for name in names) + f"{last:>17}", flush=True)
+    for name, counts in spent.items():
+        figure(f"evaluations that measure a step, {name}: median", statistics.median(counts))
+        figure(f"evaluations that measure a step, {name}: most", max(counts))
 
 
 def programs(draws: int) -> None:

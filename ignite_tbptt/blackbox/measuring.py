@@ -53,19 +53,23 @@ def measure_steps(record: Record, again: bool) -> None:
     estimator, facts, key = record.asked, record.facts, record.inputs_key
     if facts.measures:
         estimator = replace(estimator, step_size=MeasuredStep(noise=facts.jump or None))
-    if not asks_for_measuring(estimator.step_size) or (key in facts.step_sizes and not again):
+    if not asks_for_measuring(estimator.step_size) or (key in facts.step_sizes and not again and _fit(record)):
         return
     point = Point([record])
     if not point.floats:
         return
     before = facts.measurements.get(key, {})
-    found = {}
+    found: dict[int, list[Measurement]] = {}
     positions = [k for k, need in enumerate(record.needed) if need]
     for position, k in enumerate(positions):
         step = _of_input(estimator.step_size, position)
         if isinstance(step, MeasuredStep) and point.x[k].numel():
-            found[position] = _measured(point, k, position, step, before.get(position))
-    steps = tuple(_resolved(estimator.step_size, position, found) for position in range(len(positions)))
+            measure = _every_column if step.per_element else _one_column
+            found[position] = measure(point, k, position, step, before.get(position, []))
+    steps = tuple(
+        _resolved(estimator.step_size, position, _factor(point, k, found.get(position)))
+        for position, k in enumerate(positions)
+    )
     facts.step_sizes[key] = PerInputStep(steps)
     facts.measurements[key] = found
 
@@ -85,46 +89,86 @@ def _of_input(step_size: StepSize, position: int) -> StepSize:
     return step_size
 
 
-def _resolved(step_size: StepSize, position: int, found: dict[int, Measurement]) -> StepSize:
+def _resolved(step_size: StepSize, position: int, factor: float | Tensor | None) -> StepSize:
     """A step size with what was found in the place of what was to be measured."""
     if isinstance(step_size, PerInputStep):
-        return _resolved(step_size.of(position), position, found)
+        return _resolved(step_size.of(position), position, factor)
     if isinstance(step_size, BoundedStep):
-        return replace(step_size, step_size=_resolved(step_size.step_size, position, found))
-    if not isinstance(step_size, MeasuredStep):
-        return step_size
-    if position not in found:
-        return RelativeStep()
-    return RelativeStep(factor=found[position].step.h / found[position].size)
+        return replace(step_size, step_size=_resolved(step_size.step_size, position, factor))
+    return RelativeStep(factor=factor) if isinstance(step_size, MeasuredStep) else step_size
 
 
-def _measured(point: Point, k: int, position: int, step: MeasuredStep, before: Measurement | None) -> Measurement:
-    stencil = point.record.asked.stencil
-    if before is not None:
-        line = _Line(point, k, before.column)
-        if still_suits(line.at, stencil, before.step):
-            return before
-    dim = None if point.flat.in_dims is None else point.flat.in_dims[k]
-    columns = rows_of(tuple(point.x[k].shape), dim).split(point.x[k].detach())
-    order = torch.randperm(columns.shape[1], generator=torch.Generator().manual_seed(position)).tolist()
-    for column in order[:_ELEMENTS]:
-        line = _Line(point, k, column)
-        around = float(columns[:, column].abs().max())
-        noise = step.noise * line.spread if step.noise else noise_level(line.at, around or 1.0, point.eps, 0.5)
-        # what rounding does to values of this size where it happens not to show
-        noise = max(noise, point.eps * line.size / 8, 1e-300)
-        found = Measurement(column, find_step(line.at, stencil, noise, max(1.0, around)), max(1.0, around))
-        if found.step.accepted:
-            break
-    return found
+def _factor(point: Point, k: int, found: list[Measurement] | None) -> float | Tensor | None:
+    """The steps over the sizes of x; those of columns broadcast against any number of rows."""
+    factors = [one.step.h / one.size for one in found or ()]
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    dim, shape = _dim(point.record, k), list(point.x[k].shape)
+    if dim is not None:
+        shape[dim] = 1
+    return rows_of(tuple(shape), dim).join(torch.tensor([factors], dtype=torch.float64))
+
+
+def _dim(record: Record, k: int) -> int | None:
+    return None if record.flat.in_dims is None else record.flat.in_dims[k]
+
+
+def _width(record: Record, k: int) -> int:
+    return rows_of(tuple(record.tensors[k].shape), _dim(record, k)).width
+
+
+def _fit(record: Record) -> bool:
+    """Whether inputs have as many columns as steps were measured for."""
+    found = record.facts.measurements[record.inputs_key]
+    needed = [k for k, need in enumerate(record.needed) if need]
+    return all(len(some) == 1 or len(some) == _width(record, needed[position]) for position, some in found.items())
+
+
+def _one_column(
+    point: Point, k: int, position: int, step: MeasuredStep, before: Sequence[Measurement]
+) -> list[Measurement]:
+    """Of a few columns the first that changes the outputs; that of before, if its step still suits."""
+    if len(before) == 1 and _suits(point, k, before[0]):
+        return list(before)
+    order = torch.randperm(_width(point.record, k), generator=torch.Generator().manual_seed(position)).tolist()
+    tried = (_measured(point, k, step, column) for column in order[:_ELEMENTS])
+    found = next(tried)
+    while not found.step.accepted and (other := next(tried, None)) is not None:
+        found = other
+    return [found]
+
+
+def _every_column(
+    point: Point, k: int, position: int, step: MeasuredStep, before: Sequence[Measurement]
+) -> list[Measurement]:
+    width = _width(point.record, k)
+    old = {one.column: one for one in before} if len(before) == width else {}
+    return [
+        old[column] if column in old and _suits(point, k, old[column]) else _measured(point, k, step, column)
+        for column in range(width)
+    ]
+
+
+def _suits(point: Point, k: int, found: Measurement) -> bool:
+    return still_suits(_Line(point, k, found.column).at, point.record.asked.stencil, found.step)
+
+
+def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurement:
+    columns = rows_of(tuple(point.x[k].shape), _dim(point.record, k)).split(point.x[k].detach())
+    line, around = _Line(point, k, column), float(columns[:, column].abs().max())
+    noise = step.noise * line.spread if step.noise else noise_level(line.at, around or 1.0, point.eps, 0.5)
+    # what rounding does to values of this size where it happens not to show; of those nearby where f(x) is 0
+    nearby = 0.0 if noise or line.size else abs(line(point.eps ** (1 / 3) * (around or 1.0)))
+    noise = max(noise, point.eps * max(line.size, nearby if math.isfinite(nearby) else 0.0) / 8, 1e-300)
+    size = max(1.0, around)
+    return Measurement(column, find_step(line.at, point.record.asked.stencil, noise, size), size)
 
 
 class _Line(Along):
     """The outputs with random weights when one column of an input moves, in all rows."""
 
     def __init__(self, point: Point, k: int, column: int) -> None:
-        dim = None if point.flat.in_dims is None else point.flat.in_dims[k]
-        layout = rows_of(tuple(point.x[k].shape), dim)
+        layout = rows_of(tuple(point.x[k].shape), _dim(point.record, k))
         moves = layout.split(torch.zeros_like(point.x[k], dtype=torch.bool)).clone()
         moves[:, column] = True
         generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
-from ignite_tbptt.blackbox.measured_step import Values
+from ignite_tbptt.blackbox.measured_step import Values, in_few_bits
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level", "one_by_one"]
@@ -165,9 +165,13 @@ def noise_level(values: Values, scale: float, eps: float, power: float = 0.75) -
 
 
 def _noise(values: Values, scale: float, eps: float, power: float) -> tuple[float, bool]:
-    spacing = scale * eps**power
+    spacing = in_few_bits(scale * eps**power)
     level = 0.0
     while spacing < scale:
+        left, middle, right = values([-3 * spacing, 0.0, 3 * spacing])
+        if left == middle == right:
+            spacing *= 8  # the quantum of the function is larger than this
+            continue
         differences = values([(k - 3) * spacing for k in range(7)])
         if not all(map(math.isfinite, differences)):
             break
@@ -178,7 +182,7 @@ def _noise(values: Values, scale: float, eps: float, power: float) -> tuple[floa
             levels.append(math.sqrt(gamma * sum(d * d for d in differences) / len(differences)))
             changes.append(min(differences) < 0 < max(differences))
             if k == 1 and 2 * sum(d == 0 for d in differences) > len(differences):
-                break  # most values are the same: the quantum of the function is larger than this
+                break  # most values are the same: likewise
         else:
             for k in range(4):
                 if changes[k] and max(levels[k : k + 3]) <= 4 * min(levels[k : k + 3]):

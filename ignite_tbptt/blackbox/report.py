@@ -8,6 +8,9 @@ from ignite_tbptt.blackbox.task import EvaluationCount
 
 __all__ = ["report_of"]
 
+# So many columns of an input are listed.
+_SHOWN = 8
+
 
 def report_of(label: str, options: Options, facts: Facts, count: EvaluationCount) -> str:
     """Return what gradients have cost, which steps were measured, what was verified and what was warned of."""
@@ -20,12 +23,16 @@ def report_of(label: str, options: Options, facts: Facts, count: EvaluationCount
     if not facts.measurements:
         lines.append(f"  step: {estimator.step_size}")
     for found in facts.measurements.values():
-        for position, (_, step, size) in found.items():
-            kind = "" if step.accepted else ", at which truncation does not show"
-            lines.append(
-                f"  step: {step.h:.2g} for differentiated input {position} where x is of size {size:.2g}{kind}; noise "
-                f"{step.noise:.1e} of the outputs together"
-            )
+        for position, some in found.items():
+            for column, step, size in some[:_SHOWN]:
+                which = f"column {column} of " if len(some) > 1 else ""
+                kind = "" if step.accepted else ", at which truncation does not show"
+                lines.append(
+                    f"  step: {step.h:.2g} for {which}differentiated input {position} where x is of size {size:.2g}"
+                    f"{kind}; noise {step.noise:.1e} of the outputs together"
+                )
+            if len(some) > _SHOWN:
+                lines.append(f"  step: and {len(some) - _SHOWN} more columns of differentiated input {position}")
     if facts.stackable:
         shared = "share calls" if any(facts.stackable.values()) else "are evaluated one by one"
         lines.append(f"  rows: independent, as verified; their points {shared}")

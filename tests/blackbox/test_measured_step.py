@@ -71,7 +71,8 @@ def test_no_problem_is_far_from_the_best_of_the_fixed_steps(name: str) -> None:
     for kind, estimator in MEASURED.items():
         found, wrapped = error(estimator, fn, x, exact)
         assert found <= 10 * max(fixed.get(kind, best), 1e-13), (kind, fixed)
-        assert wrapped.count.probes <= 130
+        # 6 for the noise, a few for the step, and what verifies; of an odd function at 0 the noise is not easily seen
+        assert wrapped.count.probes <= (80 if name == "x^3 + x at 0" else MOST[kind])
     assert error(MEASURED["order 4"], fn, x, exact)[0] <= 10 * max(best, 1e-13)
 
 
@@ -80,6 +81,9 @@ FIXED: dict[str, Estimator] = {
     "central": CentralDifference(),
     "order 4": CentralDifference(4),
 }
+
+
+MOST = {"forward": 25, "central": 40, "order 4": 75}
 
 
 def _defined(estimator: Estimator, fn: Callable[[Any], Any], x: float) -> bool:
@@ -130,6 +134,48 @@ def test_a_step_for_each_input_and_rows_that_move_together() -> None:
     f(x, w).sum().backward()
     assert f.nfev - third == evaluations  # the search is not repeated
     assert f.count.probes - probes < probes
+
+
+SCALES = torch.tensor([1e-6, 1.0, 1e3], dtype=torch.float64)
+
+
+def of_three_scales(x: Any) -> Any:
+    """Each element on a scale of its own, printed with eight decimals."""
+    values: Any = np.sin(x / SCALES.numpy())
+    return np.round(values, 8)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 5])
+def test_a_step_for_each_element_where_they_have_scales_of_their_own(rows: int | None) -> None:
+    estimator = CentralDifference(step_size=MeasuredStep(per_element=True))
+    f: Any = blackbox(of_three_scales, numpy=True, estimator=estimator, in_dims=None if rows is None else 0)
+    x = (SCALES * 0.7).repeat(rows or 1, 1) if rows else SCALES * 0.7
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(f(x).sum(), x)
+    # noise 3e-9 and derivatives of size 1 in units of the scale: h about 2e-3, errors of 1e-6
+    exact = torch.cos(x / SCALES).detach() / SCALES
+    assert torch.allclose(found, exact, rtol=2e-5, atol=0)
+    one_for_all: Any = blackbox(
+        of_three_scales, numpy=True, estimator=MEASURED["central"], in_dims=None if rows is None else 0
+    )
+    (coarse,) = torch.autograd.grad(one_for_all(x).sum(), x)
+    assert not torch.allclose(coarse, exact, rtol=0.1, atol=0)
+    report = f.report()
+    assert report.count("differentiated input 0") == 3
+    assert "column 2 of" in report
+
+
+def test_steps_of_elements_follow_the_number_of_rows_and_of_columns() -> None:
+    estimator = CentralDifference(step_size=MeasuredStep(per_element=True))
+    f: Any = blackbox(lambda x: np.round(np.exp(x), 6), numpy=True, estimator=estimator, in_dims=0)
+    counts = []
+    for shape in ((4, 2), (7, 2), (7, 3), (7, 3)):
+        x = torch.linspace(0, 1, shape[0] * shape[1], dtype=torch.float64).view(shape).requires_grad_()
+        before = f.count.probes
+        (found,) = torch.autograd.grad(f(x).sum(), x)
+        counts.append(f.count.probes - before)
+        assert torch.allclose(found, x.detach().exp(), rtol=1e-3)
+    assert counts[2] > 50  # measured anew, for three columns
 
 
 def test_inside_bounds_and_beside_other_step_sizes() -> None:
@@ -257,7 +303,7 @@ def test_a_report_tells_the_step_the_cost_and_what_was_verified() -> None:
     assert f.report().startswith("<lambda>, by Coordinates and a formula of order 2\n  cost: 0 evaluations")
     x = torch.linspace(0.1, 1, 6, dtype=torch.float64).requires_grad_()
     f(x).sum().backward()
-    ((found,),) = [list(measured.values()) for measured in f._facts.measurements.values()]
+    (((found,),),) = [list(measured.values()) for measured in f._facts.measurements.values()]
     report = f.report()
     assert f"step: {found.step.h:.2g} for differentiated input 0" in report
     assert f"cost: 2 evaluations in {f.count.calls} calls for 1 gradients, {f.count.probes} to verify them" in report
