@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.errors import BlackboxError, UntrustedGradientWarning
 from ignite_tbptt.blackbox.point import Point, evaluate_all
 from ignite_tbptt.blackbox.random_directions import generator_of
@@ -28,6 +29,10 @@ __all__ = ["Certificate", "certify"]
 # noise counts less: a vector so many steps long; one-sided steps are shorter than two-sided ones.
 _OFFSETS = (-2, -1, 1, 2)
 _LENGTH, _ONE_SIDED_LENGTH = 3.0, 6.0
+# Noise is what no polynomial of degree 4 explains at -1, -1/2, -1/4, 0, 1/4, 1/2 and 1 of the first of them: two sums
+# that are orthogonal to all of these.
+_INNER: tuple[float, ...] = (-0.5, -0.25, 0.25, 0.5)
+_WIGGLES = ((1, -20, 64, -90, 64, -20, 1), (-1, 10, -16, 0, 16, -10, 1))
 # Directions are held out up to a tenth of all evaluations: so many at the least, and at most.
 _FEWEST, _MOST, _SHARE = 2, 16, 0.1
 
@@ -42,6 +47,8 @@ class Certificate:
         low: 95 % of such intervals hold the true error...
         high: ...between low and high.
         probes: how many directions were held out.
+        noise: what the noise of the function alone would make of the error, seen along these directions; None for
+            random directions, which are off by what they leave out.
     """
 
     gradient: int
@@ -49,11 +56,18 @@ class Certificate:
     low: float
     high: float
     probes: int
+    noise: float | None = None
+
+    @property
+    def truncation(self) -> float | None:
+        """What noise leaves of the error: a smaller step would make it less, as a larger one that of noise."""
+        return None if self.noise is None else math.sqrt(max(0.0, self.relative**2 - self.noise**2))
 
     def __str__(self) -> str:
+        parts = "" if self.noise is None else f"; noise makes {self.noise:.2g} of it"
         return (
             f"gradient {self.gradient} is off by {self.relative:.2g} of its size (95 %: {self.low:.2g} to "
-            f"{self.high:.2g}), by {self.probes} directions held out"
+            f"{self.high:.2g}), by {self.probes} directions held out{parts}"
         )
 
 
@@ -72,10 +86,15 @@ def certify(point: Point, cotangents: Sequence[Tensor | None], found: Sequence[T
     if asked is None or not used or not moved or not all(bool(v.isfinite().all()) for _, v in used):
         return
     count = record.count
-    room = _SHARE * asked.every * count.nfev / max(1, count.gradients) / len(_OFFSETS)
-    probes = min(_MOST, max(_FEWEST, int(room)))
+    room = _SHARE * asked.every * count.nfev / max(1, count.gradients)
+    gain, number, inner = _noise_gain(point), len(facts.certificates) + 1, _INNER[:0]
+    # the noise is looked at with the first certificate, and with 2, 4, 8, ... where there is room
+    fits = room >= _FEWEST * len(_OFFSETS) + len(_INNER)
+    if gain is not None and (number == 1 or (fits and not number & (number - 1))):
+        inner, room = _INNER, room - len(_INNER)
+    probes = min(_MOST, max(_FEWEST, int(room / len(_OFFSETS))))
     try:
-        errors, own, size = _residuals(point, used, moved, found, probes)
+        errors, own, noises, size = _residuals(point, used, moved, found, probes, inner)
     except (BlackboxError, ValueError) as error:  # outside of the domain, or no room inside the bounds
         if "certificate" not in facts.told:
             facts.told.add("certificate")
@@ -85,12 +104,18 @@ def certify(point: Point, cotangents: Sequence[Tensor | None], found: Sequence[T
     # what the held-out slopes are off by themselves may be all that was seen
     squares = total / probes, max(0.0, total / quantile(0.975, probes) - own), total / quantile(0.025, probes)
     relative, low, high = (math.sqrt(value) / size if size else math.inf if value else 0.0 for value in squares)
-    made = Certificate(facts.certified, relative, low, high, probes)
+    weight = sum(float(v.square().sum()) for _, v in used)
+    if noises and weight:
+        facts.noises.append(sum(each * each for each in noises) / len(noises) / weight)
+    noise = None
+    if gain is not None and facts.noises and size:
+        noise = math.sqrt(gain * weight * sum(facts.noises) / len(facts.noises)) / size
+    made = Certificate(facts.certified, relative, low, high, probes, noise)
     facts.certificates.append(made)
     if asked.tolerance is not None and not relative <= asked.tolerance:
         warn(
             f"{record.flat.label}: {made}, and the tolerance is {asked.tolerance:.2g}; step_sweep({record.flat.label}, "
-            "...) shows whether noise or truncation is at fault, MeasuredStep() balances them, and random directions "
+            "...) shows noise and truncation against the step, MeasuredStep() balances them, and random directions "
             "need more of them, or GuidedDirections",
             UntrustedGradientWarning,
         )
@@ -102,8 +127,12 @@ def _residuals(
     moved: Sequence[int],
     found: Sequence[Tensor | None],
     probes: int,
-) -> tuple[list[float], float, float]:
-    """Residuals along each direction, the mean square of their own noise, and the size of the gradient; in steps."""
+    inner: Sequence[float],
+) -> tuple[list[float], float, list[float], float]:
+    """Residuals along each direction, the mean square of their own noise, and the size of the gradient; in steps.
+
+    Third come samples of the noise of the weighted outputs, from the inner places of the first direction.
+    """
     record = point.record
     seed = (record.draw ^ 0x5DEECE66D) % 2**63
 
@@ -122,7 +151,7 @@ def _residuals(
     def places() -> Iterator[list[Tensor]]:
         for probe in range(probes):
             along = direction(probe)
-            for offset in _OFFSETS:
+            for offset in (*_OFFSETS, *inner) if probe == 0 else _OFFSETS:
                 where = [x.clone() for x in point.x]
                 for k in inputs:
                     where[k].addcmul_(sizes[k], along[k], value=offset * length)
@@ -136,6 +165,8 @@ def _residuals(
     left = [_weighted(used, out.tensors) - start - told for out, told in zip(outputs, foretold, strict=True)]
     if not all(map(math.isfinite, left)):
         raise BlackboxError("it is NaN or infinite a few steps away")
+    first, last = len(_OFFSETS), len(_OFFSETS) + len(inner)
+    around, left = left[first:last], left[:first] + left[last:]
     errors, own = [], 0.0
     for probe in range(probes):
         far_left, near_left, near_right, far_right = left[4 * probe : 4 * probe + 4]
@@ -144,7 +175,20 @@ def _residuals(
         errors.append((4 * near - far) / 3)
         own += (near - far) ** 2 * (65 / 72) / (5 / 8) / probes
     size = math.sqrt(sum(float((g * sizes[k].double()).square().sum()) for k, g in gradient.items()))
-    return errors, own, size
+    seven = [left[1], *around[:2], 0.0, *around[2:], left[2]]
+    noises = [
+        sum(factor * value for factor, value in zip(wiggle, seven, strict=True)) / math.hypot(*wiggle)
+        for wiggle in (_WIGGLES if inner else ())
+    ]
+    return errors, own, noises, size
+
+
+def _noise_gain(point: Point) -> float | None:
+    """The mean square that noise of variance 1 gives a gradient, in units of the steps."""
+    if not isinstance(point.record.estimator.directions, Coordinates):
+        return None
+    moves = (moves for group in point.groups for moves in point.moves(group))
+    return sum(some.count * sum(weight**2 for weight in some.stencil.weights) for some in moves)
 
 
 def _weighted(used: Sequence[tuple[int, Tensor]], outputs: Sequence[Tensor]) -> float:

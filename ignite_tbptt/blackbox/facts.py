@@ -41,6 +41,7 @@ class Facts:
         outputs: likewise of its outputs.
         measures: whether steps are measured though nobody asked for it, because the default one does not suit.
         certificates: of the last gradients that were certified.
+        noises: variances of an output, as certificates saw them.
         under_way: evaluations that have begun before their backward, by the number of the call.
         bytes_ahead: of what comes out of these.
         keeps_to_backward: whether none begin any more.
@@ -53,6 +54,7 @@ class Facts:
         self.calls: dict[int, Any] = {}
         self.certificates: deque[Any] = deque(maxlen=4096)
         self.certified = 0
+        self.noises: deque[float] = deque(maxlen=64)
         self.under_way: dict[int, weakref.ref[Any]] = {}
         self.bytes_ahead = 0
         self.keeps_to_backward = False
@@ -83,7 +85,7 @@ class Facts:
         vars(twin).update(vars(self), stackable=dict(self.stackable), told=set(self.told), calls={}, under_way={})
         twin.bytes_ahead = 0
         twin.step_sizes, twin.measurements = dict(self.step_sizes), dict(self.measurements)
-        twin.certificates = self.certificates.copy()
+        twin.certificates, twin.noises = self.certificates.copy(), self.noises.copy()
         twin._gradients = dict(self._gradients)
         twin._memories = {key: list(memory) for key, memory in self._memories.items()}
         return twin

@@ -24,6 +24,10 @@ __all__ = ["verify", "verify_pattern"]
 # most are looked at. Other inputs refute a pattern where they make up this part of a difference.
 _PATTERN_TOLERANCE, _PATTERN_ROWS, _PATTERN_PART = 1e-4, 4, 1e-3
 
+# A function that is noisy by nature is evaluated so often at x. Rows notice where they change by so many times more
+# than it scatters; that they do not says something where their own moves change them by so many times more.
+_REPEATED, _SCATTERED, _SHOWS = 4, 3, 1000
+
 
 def verify(record: Record, gradients: int) -> Point | None:
     """Verify what is due at so many gradients more; returns x of the call where anything was.
@@ -94,6 +98,7 @@ def _rows(point: Point) -> None:
         record.facts.forget(key)
         return
     moved, one = _with_rows_moved(point, "row 0", slice(0, 1)), None
+    scatter = {} if record.options.repeatable else _scatter(point)
     for what, which, points in (
         ("row 0 moved", slice(1, None), moved),
         ("all rows but row 0 moved", slice(0, 1), _with_rows_moved(point, "the others", slice(1, None))),
@@ -105,6 +110,9 @@ def _rows(point: Point) -> None:
             if not same_bits(now, was):
                 if record.options.repeatable:
                     _repeat(point)
+                elif bool(((now - was).abs() <= _SCATTERED * scatter[k]).all()):
+                    _refuse_lost_in_noise(point, scatter[k], out.tensors[k] - point.first.tensors[k])
+                    continue
                 raise BlackboxError(
                     f"in_dims={list(in_dims)} says that the rows of {point.flat.label} are independent, but moving "
                     f"row 0 changed the outputs of other rows, or theirs that of row 0 (as BatchNorm in training "
@@ -113,6 +121,26 @@ def _rows(point: Point) -> None:
                 )
     if not serial and not record.draws and one is not None:
         record.facts.stackable[key] = _stack(point, moved, one)
+
+
+def _refuse_lost_in_noise(point: Point, scatter: float, change: Tensor) -> None:
+    """Refuse rows of which noise may hide that they notice one another."""
+    moved = float(change.abs().nan_to_num(0, 0, 0).max())
+    if moved < _SHOWS * scatter:
+        raise BlackboxError(
+            f"in_dims says that the rows of {point.flat.label} are independent, and its noise hides whether they are: "
+            f"outputs scatter by {scatter:.2g}, and change by {moved:.2g} when their own row is moved. Leave in_dims "
+            "out, or draw the noise from the global streams of torch, numpy or random, which are replayed, and leave "
+            "repeatable=False out"
+        )
+
+
+def _scatter(point: Point) -> dict[int, float]:
+    """How far outputs of a function that is noisy by nature lie apart at x."""
+    again = [[x.clone() for x in point.x] for _ in range(_REPEATED)]
+    found = [each.tensors for each in evaluate_all(point, again, "at x once more, to see its noise")]
+    values = {k: torch.stack([point.first.tensors[k], *(each[k] for each in found)]) for k in point.floats}
+    return {k: float((same.amax(0) - same.amin(0)).max()) for k, same in values.items()}
 
 
 def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]]) -> None:

@@ -32,7 +32,7 @@ from ignite_tbptt.blackbox import (
     blackbox,
     central,
 )
-from ignite_tbptt.blackbox.certificate import quantile
+from ignite_tbptt.blackbox.certificate import _WIGGLES, quantile
 
 Case = Callable[[np.random.Generator], tuple[Any, Tensor, Tensor]]
 
@@ -101,6 +101,59 @@ def test_intervals_hold_the_true_error_as_often_as_they_say(case: Case) -> None:
     assert inside / count >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / count)
     # the median of a root mean square of 2 normal numbers is sqrt(log 2) = 0.83, up to the noise of 4 elements' slopes
     assert 0.7 <= np.median(ratios) <= 1.2
+
+
+@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("estimator", [CentralDifference, ForwardDifference])
+@pytest.mark.filterwarnings("ignore::ignite_tbptt.blackbox.UntrustedGradientWarning")
+def test_noise_makes_as_much_of_the_error_as_the_formula_says(estimator: Any, rows: int | None) -> None:
+    """Of a plane with noise there is no other error: in each column and row the noise times the weights over h."""
+    generator, sigma, h = np.random.default_rng(0), 1e-6, 0.5
+    slope = torch.arange(1, 5, dtype=torch.float64)
+    weights = 0.5 if estimator is CentralDifference else 2.0
+    f: Any = blackbox(
+        lambda x: (x * slope.numpy()).sum(-1) + sigma * generator.standard_normal(rows),
+        numpy=True,
+        repeatable=False,
+        in_dims=None if rows is None else 0,
+        estimator=estimator(step_size=AbsoluteStep(h)),
+        certify=1,
+    )
+    x = torch.arange(4 * (rows or 1), dtype=torch.float64).view((4,) if rows is None else (rows, 4)).requires_grad_()
+    told, errors = [], []
+    for _ in range(200):
+        (found,) = torch.autograd.grad(f(x).sum(), x)
+        told.append((f.certificate.noise * float(found.norm())) ** 2)
+        errors.append(float((found - slope).norm()) ** 2)
+    expected = x.numel() * weights * (sigma / h) ** 2
+    # errors are of chi-square, with one degree of freedom at the least, as f(x) is common to one-sided slopes; of the
+    # noise 8 certificates of 200 look at it, with 2 degrees each; three standard errors
+    assert np.mean(errors) == pytest.approx(expected, rel=3 * math.sqrt(2 / 200))
+    assert told[-1] == pytest.approx(expected, rel=3 * math.sqrt(2 / (2 * 8)))
+
+
+def test_wiggles_see_noise_alone() -> None:
+    places = np.array([-1, -0.5, -0.25, 0, 0.25, 0.5, 1])
+    for wiggle in _WIGGLES:
+        assert all(abs(places**degree @ np.array(wiggle)) < 1e-12 for degree in range(5))
+    assert not np.dot(*_WIGGLES)
+
+
+def test_truncation_is_what_noise_leaves() -> None:
+    f: Any = blackbox(np.exp, numpy=True, estimator=CentralDifference(step_size=AbsoluteStep(0.125)), certify=1)
+    x = torch.linspace(0, 1, 6, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(f(x).sum(), x)
+    error = float((found - x.detach().exp()).norm() / found.norm())
+    made = f.certificate
+    # a smooth function leaves next to nothing beyond degree 4
+    assert made.noise < 0.05 * made.relative
+    assert made.truncation == pytest.approx(made.relative, rel=0.01)
+    assert made.low <= error <= made.high
+    assert str(made).endswith(f"directions held out; noise makes {made.noise:.2g} of it")
+    g = blackbox(square, estimator=SPSA(2), certify=1)
+    torch.autograd.grad(g(x), x)
+    assert g.certificate is not None
+    assert g.certificate.noise is g.certificate.truncation is None
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 5, 16])

@@ -85,6 +85,24 @@ class TestRepeatable:
             found = grad(blackbox(f, numpy=True, repeatable=False)(x), x)
         assert torch.allclose(found, torch.full_like(x, 2.0), rtol=0, atol=7e-3)
 
+    @pytest.mark.parametrize("seed", range(5))
+    def test_rows_of_a_noisy_function_are_told_from_rows_that_are_coupled(self, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+
+        def noisy(x: Any, sigma: float, coupling: float) -> Any:
+            return 2 * x + coupling * x.mean(0) + sigma * generator.standard_normal(x.shape)
+
+        x = torch.linspace(1, 2, 8, dtype=torch.float64).view(4, 2).requires_grad_()
+        options: dict[str, Any] = {"numpy": True, "repeatable": False, "in_dims": (0, None, None)}
+        f = blackbox(noisy, estimator=CentralDifference(step_size=AbsoluteStep(0.5)), **options)
+        # 1e-5 / (sqrt(2) h) is 1.4e-5
+        assert torch.allclose(grad(f(x, 1e-5, 0.0), x), torch.full_like(x, 2.0), rtol=0, atol=7e-5)
+        assert f.nfev == 4
+        with pytest.raises(BlackboxError, match="moving row 0 changed the outputs of other rows"):
+            grad(blackbox(noisy, **options)(x, 1e-5, 0.1), x)
+        with pytest.raises(BlackboxError, match="its noise hides whether they are: outputs scatter by"):
+            grad(blackbox(noisy, **options)(x, 1e-2, 0.1), x)
+
     @pytest.mark.parametrize("in_place", [False, True])
     def test_a_module_starts_every_evaluation_from_its_own_state(self, in_place: bool) -> None:
         class Leaky(nn.Module):
