@@ -10,26 +10,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HALVES = {
-    "ignite_tbptt": "Time",
-    "ignite_tbptt.blackbox": "Blackboxes",
+    "ignite_tbptt": ("time", "Time"),
+    "ignite_tbptt.blackbox": ("blackboxes", "Blackboxes"),
 }
 
 
 def pages() -> dict[str, str]:
-    """Return the pages by their path under the folder of generated pages, the table of all names first."""
-    made = {"reference.md": ""}
-    table = ["# Reference", ""]
-    for half, title in HALVES.items():
-        table += [f"## {title}: `{half}`", ""]
+    """Return the pages by their path under the folder of generated pages, with a table of names for each half."""
+    made = {}
+    for half, (folder, title) in HALVES.items():
+        table, paths = [f"# {title}", "", f"All that `{half}` exports, by the module that defines it.", ""], []
         for room, names in rooms(half).items():
-            path = f"reference/{room}.md"
+            paths.append(room.rpartition(".")[2].strip("_"))
             about = _first(inspect.getdoc(importlib.import_module(room)) or "")
-            table += [f"### [{_topic(room)}]({path})", "", about, "", "| Name | |", "| --- | --- |"]
+            table += [f"## [{_topic(room)}]({paths[-1]}.md)", "", about, "", "| Name | |", "| --- | --- |"]
             table += [f"| {{py:obj}}`{name} <{half}.{name}>` | {_about(half, name)} |" for name in names]
             table += [""]
-            made[path] = _page(half, room, about, names)
-    table += ["```{toctree}", ":hidden:", "", *(path.removesuffix(".md") for path in list(made)[1:]), "```", ""]
-    made["reference.md"] = "\n".join(table)
+            made[f"reference/{folder}/{paths[-1]}.md"] = _page(half, room, about, names)
+        table += ["```{toctree}", ":hidden:", "", *paths, "```", ""]
+        made[f"reference/{folder}/index.md"] = "\n".join(table)
     return made
 
 

@@ -60,7 +60,7 @@ class Certificate:
 
     @property
     def truncation(self) -> float | None:
-        """What noise leaves of the error: a smaller step would make it less, as a larger one that of noise."""
+        """What noise leaves of the error; a smaller step makes it less, and a larger one makes less of the noise."""
         return None if self.noise is None else math.sqrt(max(0.0, self.relative**2 - self.noise**2))
 
     def __str__(self) -> str:

@@ -133,8 +133,8 @@ class Workers:
         return results
 
     @property
-    def is_cluster(self) -> bool:
-        """Whether it may be one: no pool of Python's own, whose workers are on this machine."""
+    def _is_cluster(self) -> bool:
+        """Whether the pool may be one, and is none of Python's own, whose workers are on this machine."""
         return not isinstance(self.executor, (ThreadPoolExecutor, ProcessPoolExecutor))
 
 
@@ -216,7 +216,7 @@ class _Round:
         if not self._count:
             return 1
         size = self._lasting(_GROUP_SECONDS)
-        if self._workers.is_cluster:
+        if self._workers._is_cluster:
             size = max(size, min(self._lasting(_CLUSTER_SECONDS), self._before // _CLUSTER_GROUPS))
         return max(1, min(size, 2 * self._count, _LARGEST_GROUP))
 
