@@ -69,6 +69,11 @@ class Workers:
     Evaluations that take less than 10 ms, as measured on those before, are handed to a worker several at a time.
     A worker reads the function once.
 
+    With ``ahead=True`` the first gradient of a blackbox is taken as without, since it verifies what the later ones rely
+    on; so is every gradient along random directions, which may depend on the one before. Where random numbers are drawn
+    between a call and its backward, by dropout say, threads gain nothing: whether it was the function that drew them
+    cannot be told, so its evaluations are made again, and a warning says so. Processes and clusters do not mind.
+
     Args:
         executor: a ThreadPoolExecutor, a ProcessPoolExecutor, Dask's ``client.get_executor()``, or another whose
             ``submit(function, *arguments)`` returns a ``concurrent.futures.Future``.
@@ -76,16 +81,11 @@ class Workers:
             to the pool until it returns.
         retries: how often an evaluation that raised, took too long or lost its worker is tried again. Random numbers
             from the global streams are the same then.
-        ahead: begin with the evaluations of a call as soon as the call is made, while the forward pass goes on, instead
-            of at its backward. Calls whose gradient is never asked for cost what was begun by then. See below.
         failed: what becomes of an evaluation that fails for good: ``"raise"`` ends the gradient with its error;
             ``"nan"`` counts it as NaN in every output, with a warning, so that the slope is taken by the best formula
             on the points that are left.
-
-    With ``ahead=True`` the first gradient of a blackbox is taken as without, since it verifies what the later ones rely
-    on; so is every gradient along random directions, which may depend on the one before. Where random numbers are drawn
-    between a call and its backward, by dropout say, threads gain nothing: whether it was the function that drew them
-    cannot be told, so its evaluations are made again, and a warning says so. Processes and clusters do not mind.
+        ahead: begin with the evaluations of a call as soon as the call is made, while the forward pass goes on, instead
+            of at its backward. Calls whose gradient is never asked for cost what was begun by then.
 
     Raises:
         TypeError: executor has no ``submit``.
