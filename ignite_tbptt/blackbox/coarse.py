@@ -113,9 +113,9 @@ def _told_of_measuring(point: Point, k: int, position: int, index: tuple[int, ..
     estimator = point.record.estimator
     h = float(estimator.step_size.each(point.x[k], estimator.stencil, point.eps, position).sizes[index].abs())
     return (
-        f"{point.flat.label} jumps, rounds its inputs or outputs, or solves to a tolerance. So its steps were measured "
-        f"instead of chosen by the precision: {h:.2g} for element {index} of {point.flat.name(k)}. Give estimator="
-        "CentralDifference(step_size=MeasuredStep()) to have them measured without this word"
+        f"{point.flat.label} jumps, ripples, rounds its inputs or outputs, or solves to a tolerance. So its steps were "
+        f"measured instead of chosen by the precision: {h:.2g} for element {index} of {point.flat.name(k)}. Give "
+        "estimator=CentralDifference(step_size=MeasuredStep()) to have them measured without this word"
     )
 
 
@@ -168,7 +168,7 @@ def _compared(
     told = (
         f"{point.flat.label} is not smooth on the scale of the step: with respect to {element} its slope is "
         f"{slopes[0]:.3g} at the step that is taken, {h:.2g}, and {slopes[best + 1]:.3g} at {wide:.2g}. It jumps, "
-        "rounds its inputs or outputs, or solves to a tolerance; tighten that, or "
+        "ripples, rounds its inputs or outputs, or solves to a tolerance; tighten that, or "
     )
     if gaps[best] < 0.1:
         told += f"choose a step of several quanta, AbsoluteStep({wide / 2:.2g}) say"

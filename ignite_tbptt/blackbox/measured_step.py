@@ -114,7 +114,7 @@ def _interval(stencil: Stencil) -> tuple[float, float]:
     return (1.5, 6.0) if stencil.order == 1 else (1.5, 4.5)
 
 
-def find_step(values: Values, stencil: Stencil, noise: float, largest: float, start: float | None = None) -> FoundStep:
+def find_step(values: Values, stencil: Stencil, noise: float, largest: float, smallest: float = 0.0) -> FoundStep:
     """Find the step at which truncation is about as large as noise.
 
     Args:
@@ -122,11 +122,13 @@ def find_step(values: Values, stencil: Stencil, noise: float, largest: float, st
         stencil: the formula.
         noise: standard deviation of f.
         largest: the longest step to be tried.
-        start: where the search begins; by default at the step that suits a derivative of size 1.
+        smallest: the shortest step that moves x by many roundings. Where truncation shows even there, it is noise that
+            was not seen.
     """
     weights = ratio_weights(stencil)
     low, high = _interval(stencil)
-    first = h = min(largest, start or 2.0 * noise ** (1 / (stencil.order + 1)))
+    smallest = in_few_bits(smallest)
+    first = h = min(largest, max(2.0 * noise ** (1 / (stencil.order + 1)), smallest))
     lower, upper, jump, guesses, growth = 0.0, math.inf, 0.0, _GUESSES, _GROWTH
     for _ in range(_MOST):
         h = in_few_bits(h)
@@ -141,9 +143,9 @@ def find_step(values: Values, stencil: Stencil, noise: float, largest: float, st
         else:  # or not finite: outside of the domain
             upper = h
             jump = difference if math.isfinite(difference) else jump
-        if 0 < lower < upper < 1.2 * lower:
+        if 0 < lower < upper < 1.2 * lower or upper <= smallest:
             if not jump:
-                return FoundStep(lower, noise, False)
+                return FoundStep(lower or h, noise, False)
             # from nothing to a lot within a few per cent: a jump, which is the noise that counts
             noise, h, lower, upper, jump, guesses = 2 * max(noise, jump), first, 0.0, math.inf, 0.0, _GUESSES
             continue
@@ -153,9 +155,9 @@ def find_step(values: Values, stencil: Stencil, noise: float, largest: float, st
             h = min(largest, h * growth)
             growth = growth**2 if difference == 0 and growth < _MOST_GROWTH else _GROWTH
         elif 1.1 * lower < guess < upper / 1.1 and guesses:
-            h, guesses = guess, guesses - 1
+            h, guesses = max(guess, smallest), guesses - 1
         elif lower == 0:
-            h /= 2
+            h = max(h / 2, smallest)
         else:
             h = math.sqrt(lower * upper)
     return FoundStep(lower or first, noise, False)

@@ -25,8 +25,8 @@ from ignite_tbptt.blackbox.step_size import BoundedStep, PerInputStep, RelativeS
 
 __all__ = ["Measurement", "measure_steps"]
 
-# Of an input so many elements are tried, until one changes the outputs.
-_ELEMENTS = 3
+# Of an input so many elements are tried, until one changes the outputs. A step moves x by so many roundings at least.
+_ELEMENTS, _ROUNDINGS = 3, 64
 
 
 class Measurement(NamedTuple):
@@ -161,7 +161,8 @@ def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurem
     nearby = 0.0 if noise or line.size else abs(line(point.eps ** (1 / 3) * (around or 1.0)))
     noise = max(noise, point.eps * max(line.size, nearby if math.isfinite(nearby) else 0.0) / 8, 1e-300)
     size = max(1.0, around)
-    return Measurement(column, find_step(line.at, point.record.asked.stencil, noise, size), size)
+    found = find_step(line.at, point.record.asked.stencil, noise, size, _ROUNDINGS * point.eps * around)
+    return Measurement(column, found, size)
 
 
 class _Line(Along):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.measured_step import Values, in_few_bits
 from ignite_tbptt.random_streams import RandomStreams
+
+# Values are taken closer together than at first by down to this factor.
+_CLOSEST = 8.0**-3
 
 __all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level", "one_by_one"]
 
@@ -165,28 +168,44 @@ def noise_level(values: Values, scale: float, eps: float, power: float = 0.75) -
 
 
 def _noise(values: Values, scale: float, eps: float, power: float) -> tuple[float, bool]:
-    spacing = in_few_bits(scale * eps**power)
-    level = 0.0
+    """The level, and whether differences of several orders agreed on it.
+
+    Where a smooth function is all that is seen, values closer together tell, up to a plateau; where nothing changes,
+    those further apart. Too far apart a function that oscillates looks like noise: what the differences of high order
+    left in closer values bounds that.
+    """
+    first = spacing = in_few_bits(scale * eps**power)
+    factor, left = 1 / 8, math.inf
     while spacing < scale:
-        left, middle, right = values([-3 * spacing, 0.0, 3 * spacing])
-        if left == middle == right:
-            spacing *= 8  # the quantum of the function is larger than this
-            continue
-        differences = values([(k - 3) * spacing for k in range(7)])
-        if not all(map(math.isfinite, differences)):
-            break
-        levels, changes, gamma = [], [], 1.0
-        for k in range(1, 7):
-            differences = [after - before for before, after in itertools.pairwise(differences)]
-            gamma *= k / (2 * (2 * k - 1))
-            levels.append(math.sqrt(gamma * sum(d * d for d in differences) / len(differences)))
-            changes.append(min(differences) < 0 < max(differences))
-            if k == 1 and 2 * sum(d == 0 for d in differences) > len(differences):
-                break  # most values are the same: likewise
+        ahead, middle, behind = values([3 * spacing, 0.0, -3 * spacing])
+        levels = None if ahead == middle == behind else _levels(values([(k - 3) * spacing for k in range(7)]))
+        if levels is None:
+            if spacing < first:
+                break
+            factor = 8
+        elif not math.isfinite(levels[0][0]):
+            if factor > 1:
+                break
         else:
             for k in range(4):
-                if changes[k] and max(levels[k : k + 3]) <= 4 * min(levels[k : k + 3]):
-                    return levels[k], True
-            level = level or levels[-1]
-        spacing *= 8
-    return level, level == 0.0
+                some = [level for level, _ in levels[k : k + 3]]
+                if levels[k][1] and max(some) <= 4 * min(some):
+                    return (some[0], True) if some[0] <= 8 * left else (left, False)
+            left = min(left, math.hypot(levels[4][0], levels[5][0]))
+        spacing *= factor
+        if spacing < first * _CLOSEST:
+            spacing, factor = 8 * first, 8
+    return (left, False) if left < math.inf else (0.0, True)
+
+
+def _levels(values: Sequence[float]) -> list[tuple[float, bool]] | None:
+    """What differences of order 1, 2, ... say of the noise, and whether they change signs; None of a plateau."""
+    found, gamma, differences = [], 1.0, list(values)
+    for k in range(1, len(values)):
+        differences = [after - before for before, after in itertools.pairwise(differences)]
+        if k == 1 and 2 * sum(d == 0 for d in differences) > len(differences):
+            return None  # most values are the same
+        gamma *= k / (2 * (2 * k - 1))
+        level = math.sqrt(gamma * sum(d * d for d in differences) / len(differences))
+        found.append((level, min(differences) < 0 < max(differences)))
+    return found

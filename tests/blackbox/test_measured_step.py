@@ -76,6 +76,33 @@ def test_no_problem_is_far_from_the_best_of_the_fixed_steps(name: str) -> None:
     assert error(MEASURED["order 4"], fn, x, exact)[0] <= 10 * max(best, 1e-13)
 
 
+@pytest.mark.filterwarnings("ignore::ignite_tbptt.blackbox.UntrustedGradientWarning")  # of short waves on a long one
+@pytest.mark.parametrize("kind", ["forward", "central", "order 4"])
+def test_waves_of_any_length_on_any_slope(kind: str) -> None:
+    """Waves that are as short as a thousandth of x look like noise to values that are far apart."""
+    draw, ratios = np.random.default_rng(0), []
+    for _ in range(100):
+        a, b, d = 10 ** draw.uniform(-3, 3, 3)
+        c, x = draw.uniform(0, 6), draw.uniform(-3, 3) * 10 ** draw.uniform(-2, 2)
+        e = draw.uniform(-2, 2) / max(1, abs(x))
+        grown = d * math.exp(e * x)
+
+        def waves(x: Any, a: float = a, b: float = b, c: float = c, d: float = d, e: float = e) -> Any:
+            return a * np.sin(b * x + c) + d * np.exp(e * x)
+
+        t = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(blackbox(waves, numpy=True, estimator=MEASURED[kind])(t).sum(), t)
+        order = MEASURED[kind].stencil.order
+        noise = EPS * (a * max(1.0, abs(b * x)) + grown)
+        curvature = a * b ** (order + 1) + grown * abs(e) ** (order + 1)
+        best = noise ** (order / (order + 1)) * curvature ** (1 / (order + 1))
+        exact = a * b * math.cos(b * x + c) + e * grown
+        ratios.append(abs(float(found) - exact) / max(best, noise / max(1.0, abs(x))))
+    # up to constants, and to a noise that is a few bits at one place and none at another
+    assert sorted(ratios)[50] < 1
+    assert max(ratios) < 200
+
+
 FIXED: dict[str, Estimator] = {
     "forward": ForwardDifference(),
     "central": CentralDifference(),
