@@ -8,6 +8,7 @@ that of the standard library. Pairs with `umbridge`, which is a client.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -108,8 +109,7 @@ class UmbridgeServer:
             def log_message(self, *args: Any) -> None:
                 """Say nothing for each request."""
 
-        self._server = ThreadingHTTPServer((host, port), Handler)
-        self._server.daemon_threads = True
+        self._server = _Listening((host, port), Handler)
         self.url = f"http://{host}:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
@@ -131,3 +131,12 @@ class UmbridgeServer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class _Listening(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that has gone, by a time-out of its own say."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -185,15 +186,26 @@ def test_a_server_that_goes_down(server: UmbridgeServer) -> None:
         blackbox_from_umbridge(url, "forward")
 
 
-def test_a_request_that_takes_too_long() -> None:
+def test_a_request_that_takes_too_long(capfd: pytest.CaptureFixture[str]) -> None:
+    done = threading.Event()
+
     def slow(x: Any) -> Any:
-        time.sleep(0.0 if x[0] == 1 else 5.0)
-        return x
+        if x[0] != 1:
+            time.sleep(1.0)
+            done.set()
+        return np.repeat(x, 10**6)  # more than a socket takes when nobody reads
 
     with serve_umbridge(slow, np.ones(1), port=0) as running:
         f = blackbox_from_umbridge(running.url, "forward", timeout=0.3)
         with pytest.raises(TimeoutError, match=r"Evaluate took longer than 0\.3 s"):
             f(torch.zeros(1))
+        assert done.wait(10)
+        # the server finds that its client has gone
+        deadline = time.monotonic() + 10
+        while any("process_request" in thread.name for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not capfd.readouterr().err
 
 
 def test_what_cannot_be_served() -> None:
