@@ -172,17 +172,23 @@ def _noise(values: Values, scale: float, eps: float, power: float) -> tuple[floa
 
     Where a smooth function is all that is seen, values closer together tell, up to a plateau; where nothing changes,
     those further apart. Too far apart a function that oscillates looks like noise: what the differences of high order
-    left in closer values bounds that.
+    left in closer values bounds that. And quanta look like none where neighbours happen to be equally many apart: noise
+    is no small part of the least step between two plateaus.
     """
     first = spacing = in_few_bits(scale * eps**power)
-    factor, left = 1 / 8, math.inf
+    factor, left, quantum, plateau = 1 / 8, math.inf, math.inf, False
     while spacing < scale:
         ahead, middle, behind = values([3 * spacing, 0.0, -3 * spacing])
-        levels = None if ahead == middle == behind else _levels(values([(k - 3) * spacing for k in range(7)]))
+        found = [] if ahead == middle == behind else values([(k - 3) * spacing for k in range(7)])
+        levels = _levels(found)
+        if plateau or levels is None:
+            quantum = min([quantum, *(gap for a, b in itertools.pairwise(found) if (gap := abs(a - b)) > 0)])
         if levels is None:
             if spacing < first:
                 break
-            factor = 8
+            factor, plateau = 8, True
+        elif plateau and levels[-1][0] < quantum / 20:
+            pass
         elif not math.isfinite(levels[0][0]):
             if factor > 1:
                 break
@@ -200,6 +206,8 @@ def _noise(values: Values, scale: float, eps: float, power: float) -> tuple[floa
 
 def _levels(values: Sequence[float]) -> list[tuple[float, bool]] | None:
     """What differences of order 1, 2, ... say of the noise, and whether they change signs; None of a plateau."""
+    if not values:
+        return None
     found, gamma, differences = [], 1.0, list(values)
     for k in range(1, len(values)):
         differences = [after - before for before, after in itertools.pairwise(differences)]

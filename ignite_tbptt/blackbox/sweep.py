@@ -28,7 +28,7 @@ class StepSweep:
 
     Attributes:
         steps: the steps, rising powers of two.
-        errors: relative error of the slope at each step.
+        errors: relative error of the slope at each step, or that of the true slope where this is larger.
         noise: standard deviation of what the evaluations are off by, relative to the size of the function.
         reference: where the true slope was taken from, "float64" or "richardson".
         recommended: the step of the smallest error, with its neighbours taken into account.
@@ -116,14 +116,16 @@ def step_sweep(
         eps = torch.finfo(torch.float64 if numpy else line.dtype).eps
         steps = line.steps(math.ceil(math.log2(eps)) + 3)
         noise = noise_level(one_by_one(phi), line.scale, eps)
-        truth, reference = _truth(line, phi, steps, noise, numpy)
-        errors = [abs(_slope(formula, phi, h) - truth) / abs(truth) for h in steps]
+        (truth, doubt), reference = _truth(line, phi, steps, noise, numpy)
+        found = [abs(_slope(formula, phi, h) - truth) / abs(truth) for h in steps]
+        # a slope that the true one was taken from agrees with it, whatever both are off by
+        errors = [error if error > doubt or math.isnan(error) else doubt for error in found]
     best = _lowest(errors)
     return StepSweep(tuple(steps), tuple(errors), noise / (size or 1.0), reference, steps[best], formula.order)
 
 
-def _truth(line: Line, phi: Scalar, steps: list[float], noise: float, numpy: bool) -> tuple[float, str]:
-    """The slope, from float64 where that is more than the function works in, else from all steps together."""
+def _truth(line: Line, phi: Scalar, steps: list[float], noise: float, numpy: bool) -> tuple[tuple[float, float], str]:
+    """The slope, from float64 where that is more than the function works in, else from all steps; and its doubt."""
     if not numpy and line.dtype != torch.float64:
         try:
             exact = line.along(torch.float64)
@@ -142,8 +144,11 @@ def _slope(stencil: Stencil, phi: Scalar, h: float) -> float:
     return sum(w * phi(c * h) for c, w in zip(stencil.offsets, stencil.weights, strict=True)) / h
 
 
-def _ridders(phi: Scalar, steps: list[float], noise: float, label: str) -> float:
-    """The entry of Richardson's tableau whose neighbours differ least, noise over step counted in."""
+def _ridders(phi: Scalar, steps: list[float], noise: float, label: str) -> tuple[float, float]:
+    """The entry of Richardson's tableau whose neighbours differ least, noise over step counted in; and by how much.
+
+    The difference is relative.
+    """
     best, found = math.inf, math.nan
     row: list[float] = []
     for h in reversed(steps):
@@ -159,7 +164,7 @@ def _ridders(phi: Scalar, steps: list[float], noise: float, label: str) -> float
             f"{label} does not change along the direction that was tried, at any step up to {steps[-1]:.3g}: its "
             "gradient is zero there, or its steps are larger; try other inputs, or another seed"
         )
-    return found
+    return found, best
 
 
 def _lowest(errors: list[float]) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import BlackboxError
-from ignite_tbptt.blackbox.noise import noise_level
+from ignite_tbptt.blackbox.noise import estimate_noise, noise_level
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
 from ignite_tbptt.blackbox.sweep import step_sweep
 
@@ -120,3 +120,15 @@ def test_the_scale_of_the_inputs_is_found(size: float) -> None:
 def test_small_inputs_of_a_function_of_size_one() -> None:
     sweep = step_sweep(lambda x: (x + 1).exp(), torch.tensor([1e-6, 3e-6]))
     assert 0.1 <= sweep.recommended / EPS32 ** (1 / 3) <= 10
+
+
+def test_quanta_that_are_equally_far_apart_are_seen() -> None:
+    """In some of these places neighbours are one quantum apart each, as of a line without noise."""
+    for place in range(40):
+        x = torch.tensor([1.1 + place / 39], dtype=torch.float64)
+        level = estimate_noise(lambda x: np.round(np.sin(x) + x * x, 4), x, numpy=True).level
+        # a quantum of 1e-4, uniformly: 1e-4 / sqrt(12), up to the few values that were looked at
+        assert 1e-4 / math.sqrt(12) / 5 < level < 1e-4 / math.sqrt(12) * 5
+        sweep = step_sweep(lambda x: np.round(np.sin(x) + x * x, 4), x, numpy=True)
+        # half a quantum over a step that is no longer than 1, over a slope of 4
+        assert sweep.noise_floor > 1e-6
