@@ -106,12 +106,27 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
                 record.facts.measures = True
                 measure_steps(record, True)
                 message = _compared(point, k, position, index, used) or _told_of_measuring(point, k, position, index)
+            elif record.facts.jump and record.facts.measurements.pop(record.inputs_key, None):
+                measure_steps(record, True)
+                message = _compared(point, k, position, index, used) or _told_of_jumps(point, k, position, index)
             warn(message, UntrustedGradientWarning)
 
 
-def _told_of_measuring(point: Point, k: int, position: int, index: tuple[int, ...]) -> str:
+def _step(point: Point, k: int, position: int, index: tuple[int, ...]) -> float:
     estimator = point.record.estimator
-    h = float(estimator.step_size.each(point.x[k], estimator.stencil, point.eps, position).sizes[index].abs())
+    return float(estimator.step_size.each(point.x[k], estimator.stencil, point.eps, position).sizes[index].abs())
+
+
+def _told_of_jumps(point: Point, k: int, position: int, index: tuple[int, ...]) -> str:
+    return (
+        f"{point.flat.label} jumps, as a solver does that chooses its own steps, by {point.record.facts.jump:.2g} of "
+        f"an output. The steps were measured with that as the noise: {_step(point, k, position, index):.2g} for "
+        f"element {index} of {point.flat.name(k)}. A tighter tolerance gives a better gradient"
+    )
+
+
+def _told_of_measuring(point: Point, k: int, position: int, index: tuple[int, ...]) -> str:
+    h = _step(point, k, position, index)
     return (
         f"{point.flat.label} jumps, ripples, rounds its inputs or outputs, or solves to a tolerance. So its steps were "
         f"measured instead of chosen by the precision: {h:.2g} for element {index} of {point.flat.name(k)}. Give "

@@ -52,7 +52,7 @@ def measure_steps(record: Record, again: bool) -> None:
     """
     estimator, facts, key = record.asked, record.facts, record.inputs_key
     if facts.measures:
-        estimator = replace(estimator, step_size=MeasuredStep(noise=facts.jump or None))
+        estimator = replace(estimator, step_size=MeasuredStep())
     if not asks_for_measuring(estimator.step_size) or (key in facts.step_sizes and not again and _fit(record)):
         return
     point = Point([record])
@@ -119,7 +119,7 @@ def _width(record: Record, k: int) -> int:
 
 def _fit(record: Record) -> bool:
     """Whether inputs have as many columns as steps were measured for."""
-    found = record.facts.measurements[record.inputs_key]
+    found = record.facts.measurements.get(record.inputs_key, {})
     needed = [k for k, need in enumerate(record.needed) if need]
     return all(len(some) == 1 or len(some) == _width(record, needed[position]) for position, some in found.items())
 
@@ -156,7 +156,8 @@ def _suits(point: Point, k: int, found: Measurement) -> bool:
 def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurement:
     columns = rows_of(tuple(point.x[k].shape), _dim(point.record, k)).split(point.x[k].detach())
     line, around = _Line(point, k, column), float(columns[:, column].abs().max())
-    noise = step.noise * line.spread if step.noise else noise_level(line.at, around or 1.0, point.eps, 0.5)
+    noise = (step.noise or point.record.facts.jump) * line.spread
+    noise = noise or noise_level(line.at, around or 1.0, point.eps, 0.5)
     # what rounding does to values of this size where it happens not to show; of those nearby where f(x) is 0
     nearby = 0.0 if noise or line.size else abs(line(point.eps ** (1 / 3) * (around or 1.0)))
     noise = max(noise, point.eps * max(line.size, nearby if math.isfinite(nearby) else 0.0) / 8, 1e-300)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
 from ignite_tbptt.blackbox.estimator import CentralDifference, GaussianSmoothing
 from ignite_tbptt.blackbox.function import blackbox
+from ignite_tbptt.blackbox.measured_step import MeasuredStep
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, StepSize
 
 DRAWS = 10
@@ -136,8 +137,9 @@ def test_a_solver_with_a_loose_tolerance() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("estimator", [None, CentralDifference(step_size=MeasuredStep())], ids=["default", "measured"])
 @pytest.mark.parametrize("method", ["RK45", "LSODA"])
-def test_the_jumps_of_a_solver_that_chooses_its_steps_are_its_noise(method: str) -> None:
+def test_the_jumps_of_a_solver_that_chooses_its_steps_are_its_noise(method: str, estimator: Any) -> None:
     """At rtol 1e-3 the program's own slope, between two jumps, is off by half of the true one and more."""
     solve_ivp = pytest.importorskip("scipy.integrate").solve_ivp
 
@@ -157,7 +159,7 @@ def test_the_jumps_of_a_solver_that_chooses_its_steps_are_its_noise(method: str)
         x = torch.tensor([p], requires_grad=True, dtype=torch.float64)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            blackbox(loose, numpy=True)(x).sum().backward()
+            blackbox(loose, numpy=True, estimator=estimator)(x).sum().backward()
         told += bool(caught)
         assert x.grad is not None
         errors.append(abs(x.grad.item() - true) / abs(true))
