@@ -128,9 +128,9 @@ def _told_of_jumps(point: Point, k: int, position: int, index: tuple[int, ...]) 
 def _told_of_measuring(point: Point, k: int, position: int, index: tuple[int, ...]) -> str:
     h = _step(point, k, position, index)
     return (
-        f"{point.flat.label} jumps, ripples, rounds its inputs or outputs, or solves to a tolerance. So its steps were "
-        f"measured instead of chosen by the precision: {h:.2g} for element {index} of {point.flat.name(k)}. Give "
-        "estimator=CentralDifference(step_size=MeasuredStep()) to have them measured without this word"
+        f"{point.flat.label} jumps, is steep, ripples, rounds its inputs or outputs, or solves to a tolerance. So its "
+        f"steps were measured instead of chosen by the precision: {h:.2g} for element {index} of {point.flat.name(k)}. "
+        "Give estimator=CentralDifference(step_size=MeasuredStep()) to have them measured without this word"
     )
 
 
@@ -173,8 +173,10 @@ def _compared(
     if len(slopes) < 2 or not all(map(math.isfinite, slopes)):
         return None
     jump = _jump(line, slopes)
-    if not jump and not _is_coarse(line, slopes):
-        return None
+    if not jump:
+        too_long = _if_too_long(line, slopes, point, element)
+        if too_long is not None or not _is_coarse(line, slopes):
+            return too_long
     point.record.facts.jump = max(point.record.facts.jump, jump / math.sqrt(sum(float((v * v).sum()) for _, v in used)))
     gaps = [abs(a - b) / max(abs(a), abs(b)) if a or b else math.inf for a, b in itertools.pairwise(slopes)]
     # of those that agree nearly best the widest, since two may agree by chance
@@ -221,6 +223,25 @@ def _if_zero(line: _Line, point: Point, k: int, element: str, reach: float) -> s
     )
 
 
+def _if_too_long(line: _Line, slopes: Sequence[float], point: Point, element: str) -> str | None:
+    """A message where shorter steps agree on another slope than the one that is taken.
+
+    Beside the slopes nearby, that is: where the gradient is next to 0 truncation is larger.
+    """
+    taken, finer, finest = line.slopes([0, -1, -2])
+    gap = abs(taken - finer)
+    if not abs(finer - finest) < 0.25 * min(gap, abs(finest)):
+        return None
+    if gap <= 10 * max(line.tolerance * max(map(abs, [*slopes, finer])), line.noise):
+        return None
+    return (
+        f"the step is too long for {point.flat.label}: with respect to {element} its slope is {taken:.3g} at the step "
+        f"that is taken, {line.h:.2g}, and {finer:.3g} at {line.h / _FACTOR:.2g}. Choose a shorter one, "
+        f"AbsoluteStep({line.h / _FACTOR**2:.2g}) say, or MeasuredStep(), which finds one; "
+        f"step_sweep({point.flat.label}, ...) shows the error against the step"
+    )
+
+
 def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
     """Whether no smooth function has these slopes at steps that grow by a factor of 8."""
     finer, taken, top = line.slope(-1), slopes[0], len(slopes) - 1
@@ -239,10 +260,11 @@ def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
         after = abs(slopes[1] - slopes[2]) if top > 1 else 0.0
         if abs(finer - taken) > 0.5 * gap and after < gap:
             return True
-    # A jump a few steps away: a slope that neither the nearest nor the widest step shows.
+    # A jump a few steps away: a slope that neither the nearest nor the widest step shows. Saturation has one, too.
     far = slopes[top]
     bound = 2 * max(abs(taken), abs(far))
-    if any(min(abs(slope - taken), abs(slope - far)) > bound for slope in slopes[1:top]):
+    peaks = [k for k in range(1, top) if min(abs(slopes[k] - taken), abs(slopes[k] - far)) > bound]
+    if any(_jump_within(line, level) for level in peaks):
         return True
     # A solver whose own steps change: the slope of one piece nearby, another one over many of them.
     if top < 3 or not line.agree(finer, taken) or line.agree(taken, far) or abs(far) < 0.2 * abs(taken):
@@ -301,9 +323,9 @@ def _has_plateaus(line: _Line, level: int) -> bool:
 
 
 def _same_to_both_sides(line: _Line, level: int) -> bool:
-    if not line.stencil.is_two_sided:
-        return True
     ahead, behind = line.sides(level)
+    if not line.stencil.is_two_sided and not (math.isfinite(ahead) and math.isfinite(behind)):
+        return True  # one side is all that there may be
     return ahead * behind > 0 and 0.2 < ahead / behind < 5
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.errors import UntrustedGradientWarning
-from ignite_tbptt.blackbox.estimator import CentralDifference, GaussianSmoothing
+from ignite_tbptt.blackbox.estimator import CentralDifference, ForwardDifference, GaussianSmoothing
 from ignite_tbptt.blackbox.function import blackbox
 from ignite_tbptt.blackbox.measured_step import MeasuredStep
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, StepSize
@@ -268,3 +268,60 @@ def test_smoothing_is_for_functions_that_jump() -> None:
     true = 2 * torch.cos(2 * x.detach()) * math.exp(-0.08)
     assert x.grad is not None
     assert (x.grad - true).norm() < 4 * true.norm() * math.sqrt(3 / 2000)
+
+
+def slope_of_tanh(steepness: float, x: float, **options: Any) -> tuple[float, list[str]]:
+    """The relative error of the slope of tanh(steepness x), in units of its largest, and what was said."""
+    t = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        blackbox(lambda x: np.tanh(steepness * x), numpy=True, **options)(t).sum().backward()
+    assert t.grad is not None
+    exact = 1 / math.cosh(min(300.0, abs(steepness * x))) ** 2
+    return abs(t.grad.item() / steepness - exact), [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("steepness", [20.0, 200.0, 2e3, 2e4])
+def test_what_is_steep_on_a_longer_scale_than_the_step_is_not_told(steepness: float) -> None:
+    for x in np.linspace(-5, 5, 21) / steepness:
+        error, told = slope_of_tanh(steepness, x)
+        assert not told
+        # h is 2^-17; a third derivative of 2 at most
+        assert error <= (steepness * 2.0**-17) ** 2 / 3 + 1e-9
+
+
+def test_a_step_that_is_too_long_is_told_and_another_one_measured() -> None:
+    """At steepness / h of 1.5 a central difference of tanh is off by up to 40 per cent."""
+    for x in np.linspace(-1, 1, 9) / 2e5:
+        error, told = slope_of_tanh(2e5, x)
+        assert "its steps were measured instead" in told[0]
+        assert error < 1e-4
+    error, (told_of_chosen,) = slope_of_tanh(2e5, 0.0, estimator=CentralDifference(step_size=AbsoluteStep(1e-5)))
+    assert error > 0.3
+    assert "the step is too long for <lambda>" in told_of_chosen
+    h = float(re.findall(r"AbsoluteStep\((.*?)\)", told_of_chosen)[0])
+    error, told = slope_of_tanh(2e5, 0.0, estimator=CentralDifference(step_size=AbsoluteStep(h)))
+    assert not told
+    assert error < 1e-3
+
+
+@pytest.mark.parametrize(
+    "estimator", [ForwardDifference(), CentralDifference(), None], ids=["forward", "central", "default"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_next_to_an_optimum_and_to_a_kink_nothing_is_told(estimator: Any, dtype: torch.dtype) -> None:
+    """Where the gradient is small truncation is larger than it, which is no fault of the step."""
+    smooth: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x**2,
+        lambda x: x**2 + x**3,
+        torch.cosh,
+        lambda x: (x - 1) ** 4,
+    ]
+    kinked: list[Callable[[Tensor], Tensor]] = [torch.relu, torch.abs, lambda x: torch.log1p(x.abs())]
+    for functions, places in ((smooth, (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1.0001, -3.0)), (kinked, (0.1, 1.0, -3.0))):
+        for f in functions:
+            for place in places:
+                x = torch.full((3,), place, dtype=dtype, requires_grad=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    blackbox(lambda x, f=f: f(x).sum().detach(), estimator=estimator)(x).backward()
