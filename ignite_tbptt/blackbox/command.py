@@ -81,15 +81,8 @@ def blackbox_from_command(
     if stdin not in ("arguments", "json"):
         raise ValueError(f"stdin must be 'arguments' or 'json', got {stdin!r}")
     program = _Program(tuple(command), stdin, timeout)
-    return blackbox(
-        program,
-        numpy=True,
-        estimator=estimator,
-        executor=executor,
-        in_dims=in_dims,
-        repeatable=repeatable,
-        vectorized=in_dims is None,
-    )
+    asked: Any = {"estimator": estimator, "executor": executor, "in_dims": in_dims, "repeatable": repeatable}
+    return blackbox(program, numpy=True, vectorized=in_dims is None, **asked)
 
 
 @dataclass(frozen=True)
@@ -112,14 +105,10 @@ class _Program:
         return _numbers(text, self.__name__)
 
     def _printed(self, command: Sequence[str], given: str | None) -> str:
-        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        pipe = subprocess.PIPE
+        given_by = subprocess.DEVNULL if given is None else pipe
         with subprocess.Popen(
-            command,
-            stdin=nothing if given is None else pipe,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            start_new_session=True,
+            command, stdin=given_by, stdout=pipe, stderr=pipe, text=True, start_new_session=True
         ) as process:
             try:
                 out, err = process.communicate(given, self.timeout)
