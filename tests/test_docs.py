@@ -22,7 +22,7 @@ MEANT = ["ignore:the first backward pass left", "ignore:.*its steps were measure
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 @pytest.mark.filterwarnings(*MEANT)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"^```\{code-cell\}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```\{code-cell\}\n(?::.*\n)*(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert "```python" not in page.read_text(), "neither the site nor this test runs it"
     assert all(len(line) <= 88 for block in blocks for line in block.splitlines()), "wider than a page of the site"
     monkeypatch.chdir(tmp_path)
