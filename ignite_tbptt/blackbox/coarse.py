@@ -254,12 +254,16 @@ def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
         if found == top or abs(slopes[found + 1]) >= 4 * abs(slopes[found]):
             return False
         return _same_to_both_sides(line, found + 1)
+    if finer == 0 and not line.agree(taken, 0.0):
+        return True  # a plateau within the step, however well wider ones agree by chance
     gap = abs(taken - slopes[1])
     if not line.agree(taken, slopes[1]):
         # What a smooth function lacks is more at wider steps, and nearly nothing at a finer one.
         after = abs(slopes[1] - slopes[2]) if top > 1 else 0.0
-        if abs(finer - taken) > 0.5 * gap and after < gap:
-            return True
+        if after < gap:  # quanta may agree by chance at one finer step, and hardly at two
+            finest = abs(line.slope(-2) - taken) - _FACTOR**2 * line.noise
+            if max(abs(finer - taken), finest) > 0.5 * gap:
+                return True
     # A jump a few steps away: a slope that neither the nearest nor the widest step shows. Saturation has one, too.
     far = slopes[top]
     bound = 2 * max(abs(taken), abs(far))

@@ -121,6 +121,26 @@ def test_coarse_functions_are_named_and_the_advice_is_right(name: str) -> None:
     assert named >= 9
 
 
+@pytest.mark.parametrize("name", ["output %g", "input %g", "bisection", "float32 inside"])
+def test_what_is_not_told_is_right_although_slopes_agree_by_chance(name: str) -> None:
+    """Quanta that make the same slope at the step and at one 8 times as wide, and nothing at finer ones."""
+
+    def in_float32(x: Any) -> Any:
+        return printed("%.17g")(x).astype(np.float32).astype(np.float64)
+
+    f, slope = {**COARSE, "float32 inside": (in_float32, of_printed)}[name]
+    assert slope is not None
+    for place in np.linspace(0.3, 2, 60):
+        x = torch.tensor([place], dtype=torch.float64, requires_grad=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            (found,) = torch.autograd.grad(blackbox(f, numpy=True)(x).sum(), x)
+        if not caught:
+            true = slope(x.detach().numpy())
+            # slopes agree that differ by 0.003 of them; that of x that is found by bisection has noise of its own
+            assert abs(float(found) - true) <= 0.005 * max(abs(true), 0.1)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_solver_with_a_loose_tolerance() -> None:
     solve_ivp = pytest.importorskip("scipy.integrate").solve_ivp
