@@ -254,15 +254,19 @@ def _is_coarse(line: _Line, slopes: Sequence[float]) -> bool:
         if found == top or abs(slopes[found + 1]) >= 4 * abs(slopes[found]):
             return False
         return _same_to_both_sides(line, found + 1)
-    if finer == 0 and not line.agree(taken, 0.0):
+    # of a step that was chosen, or measured, quanta are no news
+    by_precision = line.tolerance < _CHOSEN_TOLERANCE
+    if by_precision and finer == 0 and not line.agree(taken, 0.0):
         return True  # a plateau within the step, however well wider ones agree by chance
     gap = abs(taken - slopes[1])
     if not line.agree(taken, slopes[1]):
         # What a smooth function lacks is more at wider steps, and nearly nothing at a finer one.
         after = abs(slopes[1] - slopes[2]) if top > 1 else 0.0
-        if after < gap:  # quanta may agree by chance at one finer step, and hardly at two
-            finest = abs(line.slope(-2) - taken) - _FACTOR**2 * line.noise
-            if max(abs(finer - taken), finest) > 0.5 * gap:
+        if after < gap:
+            if abs(finer - taken) > 0.5 * gap:
+                return True
+            # quanta may agree by chance at one finer step, and hardly at two
+            if by_precision and abs(line.slope(-2) - taken) > 0.5 * gap + _FACTOR**2 * line.noise:
                 return True
     # A jump a few steps away: a slope that neither the nearest nor the widest step shows. Saturation has one, too.
     far = slopes[top]
