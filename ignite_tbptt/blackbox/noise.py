@@ -200,7 +200,7 @@ def _noise(values: Values, scale: float, eps: float, power: float) -> tuple[floa
             left = min(left, math.hypot(levels[4][0], levels[5][0]))
         spacing *= factor
         if spacing < first * _CLOSEST:
-            spacing, factor = 8 * first, 8
+            break  # further apart a smooth function would show even more
     return (left, False) if left < math.inf else (0.0, True)
 
 
