@@ -47,8 +47,8 @@ class Certificate:
         low: 95 % of such intervals hold the true error...
         high: ...between low and high.
         probes: how many directions were held out.
-        noise: what the noise of the function alone would make of the error, seen along these directions; None for
-            random directions, which are off by what they leave out.
+        noise: what the noise of the function alone would make of the error, as it was seen along these directions or
+            in earlier certificates; None for random directions, which are off by what they leave out.
     """
 
     gradient: int

@@ -4,7 +4,8 @@ A central difference over a jump gives ``jump / 2h``, one of a program that prin
 solver with a loose tolerance the slope of its step control: none of them an error. The slope of a smooth function, in
 contrast, settles as the step shrinks. So a few elements are tried, at the first gradient and at gradients 2, 4, 8, ...:
 the slope at the step that is taken, and those at steps 64 and 4096 times as wide. Only where these differ is a ladder
-climbed, with a factor of 8 from step to step. Pairs with every stencil; kinks are told from jumps by one-sided slopes.
+climbed, with a factor of 8 from step to step; shorter steps tell whether the one that is taken is too long. Pairs with
+every stencil; kinks are told from jumps by one-sided slopes.
 """
 
 from __future__ import annotations

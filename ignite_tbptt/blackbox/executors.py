@@ -34,7 +34,8 @@ Pool = Executor
 # of them than this.
 _GROUP_SECONDS, _LARGEST_GROUP = 0.01, 1024
 
-# To send one to a cluster takes milliseconds on both ends: a group lasts so long there, if as many are left.
+# To send one to a cluster takes milliseconds on both ends: a group lasts up to so long there, as long as
+# a round makes so many groups.
 _CLUSTER_SECONDS, _CLUSTER_GROUPS = 0.1, 8
 
 # So many measured evaluations count in the next round; the first group of it has at most twice as many.
@@ -66,13 +67,15 @@ class Workers:
     ``executor=pool`` alone is ``Workers(pool)``. To processes the function has to be sent: it must be defined at the
     top level of a module, or cloudpickle be installed. The forward call itself is made where the model runs.
 
-    Evaluations that take less than 10 ms, as measured on those before, are handed to a worker several at a time.
+    Evaluations that take less than 10 ms, as measured on those before, are handed to a worker several at a time; less
+    than 100 ms on a pool that is none of Python's own, a cluster say, where a round has enough of them for 8 groups.
     A worker reads the function once.
 
     With ``ahead=True`` the first gradient of a blackbox is taken as without, since it verifies what the later ones rely
     on; so is every gradient along random directions, which may depend on the one before. Where random numbers are drawn
     between a call and its backward, by dropout say, threads gain nothing: whether it was the function that drew them
-    cannot be told, so its evaluations are made again, and a warning says so. Processes and clusters do not mind.
+    cannot be told, so its evaluations are made again, and a warning says so. Processes and clusters do not mind. Under
+    torch.func and torch.vmap evaluations begin at the backward.
 
     Args:
         executor: a ThreadPoolExecutor, a ProcessPoolExecutor, Dask's ``client.get_executor()``, or another whose

@@ -224,7 +224,8 @@ def blackbox(
             differences of two digits: give torch.float32 there. The outputs are rounded back to the precision of the
             arguments.
         repeatable: False for a function that is noisy by nature, and gives other outputs for the same inputs although
-            the global random streams are replayed. True refuses such a function at the first gradient.
+            the global random streams are replayed. True refuses such a function at the first gradient. With in_dims
+            the noise has to be a thousandth of what moves of a row change, or less: more would hide coupled rows.
         vectorized: False for a function of one row, without the batch axes that in_dims name, as under `torch.vmap`: an
             external program, a simulator. The rows of the call and those of every moved point are evaluated one by one
             by the executor, and the outputs are stacked along out_dims.

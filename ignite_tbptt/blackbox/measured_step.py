@@ -59,7 +59,7 @@ class MeasuredStep:
             the evaluations: where the elements of one tensor have scales of their own.
 
     Raises:
-        ValueError: noise that is not positive and finite.
+        ValueError: noise that is not positive and finite, or per_element that is not True or False.
     """
 
     noise: float | None = None
@@ -68,6 +68,10 @@ class MeasuredStep:
     def __post_init__(self) -> None:
         if self.noise is not None:
             require_positive("noise", self.noise, "leave it out, and it is measured")
+        if not isinstance(self.per_element, bool):
+            raise ValueError(
+                f"per_element must be True, to measure along every element, or False, got {self.per_element!r}"
+            )
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`: the relative step, as long as nothing has been measured."""
@@ -127,7 +131,7 @@ def find_step(values: Values, stencil: Stencil, noise: float, largest: float, sm
     """
     weights = ratio_weights(stencil)
     low, high = _interval(stencil)
-    smallest = in_few_bits(smallest)
+    smallest, largest = in_few_bits(smallest), in_few_bits(largest)
     first = h = min(largest, max(2.0 * noise ** (1 / (stencil.order + 1)), smallest))
     lower, upper, jump, guesses, growth = 0.0, math.inf, 0.0, _GUESSES, _GROWTH
     for _ in range(_MOST):
@@ -147,7 +151,8 @@ def find_step(values: Values, stencil: Stencil, noise: float, largest: float, sm
             if not jump:
                 return FoundStep(lower or h, noise, False)
             # from nothing to a lot within a few per cent: a jump, which is the noise that counts
-            noise, h, lower, upper, jump, guesses = 2 * max(noise, jump), first, 0.0, math.inf, 0.0, _GUESSES
+            noise, h = 2 * max(noise, jump), first
+            lower, upper, jump, guesses, growth = 0.0, math.inf, 0.0, _GUESSES, _GROWTH
             continue
         # where truncation is all that is seen, it goes with this power of h
         guess = h * (math.sqrt(low * high) / ratio) ** (1 / (stencil.order + 1)) if high < ratio < math.inf else 0.0

@@ -21,10 +21,10 @@ from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.measured_step import Values, in_few_bits
 from ignite_tbptt.random_streams import RandomStreams
 
+__all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level", "one_by_one"]
+
 # Values are taken closer together than at first by down to this factor.
 _CLOSEST = 8.0**-3
-
-__all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level", "one_by_one"]
 
 Scalar = Callable[[float], float]
 

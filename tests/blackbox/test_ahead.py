@@ -272,8 +272,9 @@ def test_modules_that_are_bound(pool: ThreadPoolExecutor) -> None:
 
 
 def test_bounds_and_bad_words(pool: ThreadPoolExecutor) -> None:
+    windows: Any = 4
     with pytest.raises(ValueError, match="ahead must be True, so that evaluations begin"):
-        Workers(pool, ahead=4)  # type: ignore[arg-type]
+        Workers(pool, ahead=windows)
     x = leaf(0.5, 1.0)
     step = BoundedStep(RelativeStep(), lower=0.0, upper=1.0)
     f = blackbox(Counted(), numpy=True, estimator=CentralDifference(step_size=step), executor=Workers(pool, ahead=True))

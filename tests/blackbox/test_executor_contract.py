@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -23,14 +24,13 @@ class Pools(NamedTuple):
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[Pools]:
-    from distributed import Client, LocalCluster
-
+    distributed = importlib.import_module("distributed")
     spawn = multiprocessing.get_context("spawn")
     with (
         ThreadPoolExecutor(4) as threads,
         ProcessPoolExecutor(2, mp_context=spawn) as processes,
-        LocalCluster(2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,  # type: ignore[no-untyped-call]
-        Client(cluster) as client,  # type: ignore[no-untyped-call]
+        distributed.LocalCluster(2, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        distributed.Client(cluster) as client,
     ):
         yield Pools(threads, processes, client.get_executor())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import multiprocessing
 import pickle
 import random
@@ -23,7 +24,6 @@ from ignite_tbptt.blackbox import (
     CentralDifference,
     SerialEvaluation,
     StackedEvaluation,
-    Task,
     UntrustedGradientWarning,
     Workers,
     blackbox,
@@ -326,14 +326,14 @@ def test_a_cluster_is_sent_more_at_a_time_where_there_is_enough_for_all_workers(
 
 
 def test_points_of_many_bytes_are_not_all_made_ahead() -> None:
-    """80 points of 8 MiB on two slow workers: at most 256 MiB of them wait, and a few for the workers at hand."""
+    """80 points of 8 MiB on two slow workers: about 256 MiB of them wait."""
     made, done, waiting = [0], [0], [0]
 
     class Watched(ThreadPoolExecutor):
-        def submit(self, fn: Any, function: Any, tasks: list[Task], /) -> Any:  # type: ignore[override]
-            made[0] += len(tasks)
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            made[0] += len(args[1])  # the tasks of a group
             waiting[0] = max(waiting[0], made[0] - done[0])
-            return super().submit(fn, function, tasks)
+            return super().submit(fn, *args, **kwargs)
 
     def slow(x: Any, field: Any) -> Any:
         time.sleep(0.03)
@@ -454,14 +454,13 @@ def test_failing_and_hanging_evaluations_do_not_show_in_the_weights() -> None:
 
 @pytest.mark.slow
 def test_a_pool_that_heals_gives_the_gradient_although_a_worker_was_killed(tmp_path: Path) -> None:
-    from distributed import Client, LocalCluster
-
+    distributed = importlib.import_module("distributed")
     clean = tmp_path / "clean"
     clean.mkdir()
     (clean / "die").touch()
     with (
-        LocalCluster(2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster,  # type: ignore[no-untyped-call]
-        Client(cluster) as client,  # type: ignore[no-untyped-call]
+        distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster,
+        distributed.Client(cluster) as client,
     ):
         found = run_once(tmp_path, "die", client.get_executor())
         assert torch.equal(found, run_once(clean, "die", None))

@@ -232,6 +232,9 @@ def test_a_noise_that_is_known_is_taken() -> None:
     assert (3e-4 / math.cos(1.0)) ** (1 / 3) / 4 <= h <= (3e-4 / math.cos(1.0)) ** (1 / 3) * 4
     with pytest.raises(ValueError, match="noise must be a positive, finite number, got 0"):
         MeasuredStep(0.0)
+    elements: Any = 3
+    with pytest.raises(ValueError, match="per_element must be True, to measure along every element, or False, got 3"):
+        MeasuredStep(per_element=elements)
 
 
 def test_a_simulator_that_is_noisy_by_nature() -> None:
