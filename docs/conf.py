@@ -1,12 +1,12 @@
 """Sphinx builds the site: ``make docs``."""
 
+import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import gallery
 import jupyter_client
 import reference
 from errors import page_of_errors
@@ -17,14 +17,14 @@ import ignite_tbptt
 project = "ignite_tbptt"
 author = "The ignite_tbptt maintainers"
 release = ignite_tbptt.__version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_gallery.gen_gallery"]
 exclude_patterns = ["_build"]
 default_role = "code"
 html_theme = "furo"
 html_title = "ignite_tbptt"
 html_show_copyright = False
 html_static_path = ["style"]
-html_css_files = ["outputs.css"]
+html_css_files = ["site.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
@@ -38,7 +38,20 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
+logging.getLogger("traitlets").setLevel(logging.WARNING)  # which tells of every page that it runs
 jupyter_client.KernelManager.transport_encryption.default_value = "auto"  # without it each kernel warns
+# the pictures lie in docs/images: examples train for minutes, so that the build does not run them
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "generated/gallery",
+    "plot_gallery": False,
+    "within_subsection_order": "FileNameSortKey",
+    "thumbnail_size": (640, 320),
+    "notebook_extensions": set(),
+    "show_signature": False,
+    "write_computation_times": False,
+    "remove_config_comments": True,
+}
 nitpicky = True
 # fields of named tuples are documented with their types: those of torch, which no inventory here holds, and our own
 # that are no concern of a user's; and an error that is raised, which users know by its base class
@@ -50,7 +63,7 @@ nitpick_ignore_regex = [
 autodoc_inherit_docstrings = False
 
 GENERATED = Path(__file__).parent / "generated"
-made = {**gallery.pages(), **reference.pages(), "errors.md": page_of_errors(), "benchmarks.md": page_of_benchmarks()}
+made = {**reference.pages(), "errors.md": page_of_errors(), "benchmarks.md": page_of_benchmarks()}
 for name, page in made.items():
     path = GENERATED / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,5 +33,6 @@ def page_of_benchmarks() -> str:
             "| --- | --- |",
             *(f"| {what} | {f'{value} {unit}'.strip()} |" for what, value, unit in entry["figures"]),
             "",
+            *(f"![{name}](../images/{path.name})\n" for path in sorted((HERE / "images").glob(f"{name}.png"))),
         ]
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""A recurrent model whose cell looks a valve up in a measured table, with numpy, trained through that table.
+"""A measured table in a recurrent cell
+====================================
+
+A recurrent model whose cell looks a valve up in a measured table, with numpy, trained through that table.
 
 A tank is fed by a valve. Its controller decides from the inflow demand and the level how far to open; the valve's flow
 is known only as a table of measurements, read by ``numpy.interp``, which cuts the graph in every time step. The same
@@ -7,7 +10,12 @@ shows: with the table as it is, with FiniteDifferenceGradients attached, and wit
 
 Run: ``python examples/blackbox_in_recurrent_model.py``. It takes half a minute, prints the weights and draws
 ``output/blackbox_in_recurrent_model.png``.
+
+.. image:: /images/blackbox_in_recurrent_model.png
+   :alt: A measured table in a recurrent cell
 """
+
+# sphinx_gallery_thumbnail_path = "images/blackbox_in_recurrent_model.png"
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The same regression twice: once through torch, once through a formatted string under ``eval``.
+"""One regression, with and without autograd
+=========================================
+
+The same regression twice: once through torch, once through a formatted string under ``eval``.
 
 The function is f(x, w) = 2 x w0 + x^2 w1. Written in torch it is differentiated by autograd; written as a string, with
 the weights printed into it, it is a blackbox, and `blackbox` differentiates it by central differences. Everything else
@@ -11,7 +14,12 @@ such that this run ends at (1.1996, -3.3987), to a thousandth.
 
 Run: ``python examples/blackbox_regression.py``. It takes seconds, prints the weights and draws
 ``output/blackbox_regression.png``.
+
+.. image:: /images/blackbox_regression.png
+   :alt: One regression, with and without autograd
 """
+
+# sphinx_gallery_thumbnail_path = "images/blackbox_regression.png"
 
 from __future__ import annotations
 

@@ -1,14 +1,24 @@
-"""A character language model on the documentation of Python itself, trained by truncated back-propagation.
+"""A language model of characters
+==============================
+
+On the documentation of Python itself, trained by truncated back-propagation.
 
 The text is `pydoc_data.topics`, 465,000 characters of English that come with every Python: nothing is downloaded. Nine
 tenths of it are laid out as rows that go on from batch to batch, and a recurrent network learns to tell the next
 character; the last tenth is held out. What it has learned is measured in bits per character there, beside the entropy
 of the single characters and zlib. It prints a table and a sample of text, and draws output/char_language_model.png.
 
+::
+
     python examples/char_language_model.py                       # about a minute
     python examples/char_language_model.py --cell gru --epochs 4
     python examples/char_language_model.py --resume              # go on from the newest checkpoint
+
+.. image:: /images/char_language_model.png
+   :alt: A language model of characters
 """
+
+# sphinx_gallery_thumbnail_path = "images/char_language_model.png"
 
 from __future__ import annotations
 

@@ -1,10 +1,15 @@
-"""How long must chunks be? Measured from the decay of the gradient, on the copy task.
+"""How long must chunks be?
+========================
+
+Measured from the decay of the gradient, on the copy task.
 
 Streams of blocks: 5 to 10 random symbols out of 6, then as many steps in which they are to be said again; nothing
 marks how long a block will be but the first question mark. An LSTM of 2 x 50 units is trained for the same number of
 time steps with fixed chunks of several lengths, and with chunks that `AdaptiveTruncation` sets from the measured
 decay. The script prints the perplexity of the repeated symbols on held-out streams (6 is guessing) and draws the
 decay and the bias at the first measurement and the last, and the runs: output/choose_truncation_*.png.
+
+::
 
     python examples/choose_truncation.py                       # one seed, a few minutes
     python examples/choose_truncation.py --seeds 5 6 7 8 9     # the comparison
@@ -29,7 +34,18 @@ run and not in four. It is far better than a wrong guess, and not quite as good 
 
 Source of the task and the comparison: Aicher, Foti and Fox, Adaptively Truncating Backpropagation Through Time to
 Control Gradient Bias, UAI 2019, arXiv:1905.07473, section 5.1.
+
+.. image:: /images/choose_truncation_runs.png
+   :alt: How long must chunks be?
+
+.. image:: /images/choose_truncation_before.png
+   :alt: How long must chunks be?
+
+.. image:: /images/choose_truncation_after.png
+   :alt: How long must chunks be?
 """
+
+# sphinx_gallery_thumbnail_path = "images/choose_truncation_runs.png"
 
 from __future__ import annotations
 

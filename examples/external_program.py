@@ -1,9 +1,17 @@
-"""Fit two parameters of an external program, which prints few digits and cannot bear every input.
+"""Fit an external program
+=======================
+
+Two parameters of a program that prints few digits and cannot bear every input.
 
 The program simulates a mass on a spring with friction and prints where the mass is, with six digits. It refuses a
 negative stiffness or friction. Its parameters are found from a noisy measurement by gradient descent: several copies of
 the program run at a time, steps are measured, since six digits are too few for the usual ones, and stay within bounds.
+
+.. image:: /images/external_program.png
+   :alt: Fit an external program
 """
+
+# sphinx_gallery_thumbnail_path = "images/external_program.png"
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Train a recurrent controller through the physics engine that it drives: a double pendulum on a cart, upright.
+"""Control through a physics engine
+================================
+
+Train a recurrent controller through the physics engine that it drives: a double pendulum on a cart, upright.
 
 MuJoCo computes each step of the motion in C; autograd cannot see through it. `blackbox` gives it a gradient by central
 differences, the rows of a batch and all moved points in one `mujoco.rollout` call on two threads. The TBPTT trainer
@@ -8,7 +11,15 @@ is asked to follow a target as well, which takes longer to learn.
 
 The pictures show the loss, the motion before and after, and how long controllers keep the poles up that are random,
 untrained and trained.
+
+.. image:: /images/mujoco_control_rendered.png
+   :alt: Control through a physics engine
+
+.. image:: /images/mujoco_control.png
+   :alt: Control through a physics engine
 """
+
+# sphinx_gallery_thumbnail_path = "images/mujoco_control_rendered.png"
 
 from __future__ import annotations
 

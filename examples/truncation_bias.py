@@ -1,4 +1,7 @@
-"""Influence balancing: a task on which truncated back-propagation learns the opposite of what it should.
+"""Influence balancing
+===================
+
+A task on which truncated back-propagation learns the opposite of what it should.
 
 The state of a linear system is driven by one parameter theta, which pushes ten of its units up at once and the other
 thirteen down with a delay. The short-term effect of theta on the loss has the wrong sign, so chunks that are too short
@@ -6,10 +9,17 @@ push theta away from its best value -1/6, however long one trains. Anticipated r
 no bias; full back-propagation has the exact gradient, here in the memory of 50 steps. The script prints where theta
 ended and draws output/truncation_bias.png.
 
+::
+
     python examples/truncation_bias.py        # seconds
 
 Source: Tallec and Ollivier, Unbiasing Truncated Backpropagation Through Time, 2017, arXiv:1705.08209, section 5.1.
+
+.. image:: /images/truncation_bias.png
+   :alt: Influence balancing
 """
+
+# sphinx_gallery_thumbnail_path = "images/truncation_bias.png"
 
 from __future__ import annotations
 

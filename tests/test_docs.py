@@ -53,13 +53,14 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_every_picture_has_a_page_with_the_script_that_drew_it() -> None:
-    pages = runpy.run_path(str(DOCS / "gallery.py"))["pages"]()
-    pictures = [path.name for path in (DOCS / "images").glob("*.png")]
-    assert len(pictures) >= 8
-    for picture in pictures:
-        (page,) = [text for name, text in pages.items() if f"images/{picture}" in text and name != "gallery.md"]
-        (script,) = re.findall(r"literalinclude\} (?:\.\./)+(.*)", page)
-        assert (DOCS.parent / script).exists()
+    examples = "".join(path.read_text() for path in (DOCS.parent / "examples").glob("*.py"))
+    shown = re.findall(r"^\.\. image:: /images/(\S+)$", examples, flags=re.MULTILINE)
+    thumbnails = re.findall(r"^# sphinx_gallery_thumbnail_path = \"images/(\S+)\"$", examples, flags=re.MULTILINE)
+    assert len(shown) >= 8
+    assert len(thumbnails) == len(list((DOCS.parent / "examples").glob("*.py")))
+    measured = runpy.run_path(str(DOCS / "measured.py"))["page_of_benchmarks"]()
+    shown += re.findall(r"\(\.\./images/(\S+)\)", measured)
+    assert sorted(shown) == sorted(path.name for path in (DOCS / "images").glob("*.png"))
 
 
 def test_every_message_is_on_the_page_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
