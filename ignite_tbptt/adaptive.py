@@ -50,7 +50,7 @@ class AdaptiveTruncation:
             torch's on the same optimizer; ``ReduceLROnPlateau``, which multiplies, goes with it).
 
     Raises:
-        TypeError: `minimum` or `maximum` is not an integer.
+        TypeError: `horizon` is no GradientHorizon, or `minimum` or `maximum` not an integer.
         ValueError: `tolerance` is not positive, `minimum` is below 1 or above `maximum`.
 
     Source: Aicher, Foti and Fox, 2019, arXiv:1905.07473, algorithm 2. There every loss is followed back over K steps at
@@ -60,6 +60,11 @@ class AdaptiveTruncation:
     def __init__(
         self, horizon: GradientHorizon, tolerance: float, minimum: int, maximum: int, optimizer: Optimizer | None = None
     ) -> None:
+        if not isinstance(horizon, GradientHorizon):
+            raise TypeError(
+                f"horizon must be a GradientHorizon, which measures the decay, got {horizon!r}: make one, "
+                "GradientHorizon(window=200) say, and attach it first."
+            )
         require_tolerance(tolerance)
         require_steps("minimum", minimum)
         require_steps("maximum", maximum)

@@ -62,11 +62,7 @@ class GradientDecay:
                 "the loss does not depend on the hidden state: all gradients are 0. The model ignores the state that "
                 "it is given, or detaches it inside: look for .detach(), .data or torch.no_grad() there."
             )
-        if self.fit_from is not None and not 1 <= self.fit_from < len(self.phi):
-            raise ValueError(
-                f"fit_from must lie in [1, {len(self.phi) - 1}], so that two of the {len(self.phi)} lags are left for "
-                f"the fit, got {self.fit_from}."
-            )
+        require_fit_from(self.fit_from, len(self.phi))
 
     @property
     def tail_start(self) -> int:
@@ -192,14 +188,27 @@ class GradientDecay:
         return list(accumulate(self._left_out))
 
 
-def require_tolerance(tolerance: float) -> None:
+def require_tolerance(tolerance: Any) -> None:
     """Refuse a tolerance that no relative bias can be held to.
 
     Raises:
-        ValueError: `tolerance` is not positive and finite.
+        ValueError: `tolerance` is no number that is positive and finite.
     """
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance must be positive and finite, a bound on the relative bias, got {tolerance}.")
+    if not (isinstance(tolerance, (int, float)) and math.isfinite(tolerance) and tolerance > 0):
+        raise ValueError(f"tolerance must be positive and finite, a bound on the relative bias, got {tolerance!r}.")
+
+
+def require_fit_from(fit_from: Any, lags: int) -> None:
+    """Refuse a lag that leaves too few to fit a rate to; None stands for the second half.
+
+    Raises:
+        ValueError: `fit_from` is no integer in [1, lags - 1].
+    """
+    if fit_from is not None and not (isinstance(fit_from, int) and 1 <= fit_from < lags):
+        raise ValueError(
+            f"fit_from must lie in [1, {lags - 1}], so that two of the {lags} lags are left for the fit, got "
+            f"{fit_from!r}."
+        )
 
 
 def _exp(exponent: float) -> float:

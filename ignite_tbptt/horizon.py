@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ignite_tbptt import nest
-from ignite_tbptt.decay import GradientDecay, require_tolerance
+from ignite_tbptt.decay import GradientDecay, require_fit_from, require_tolerance
 from ignite_tbptt.hidden import detach_hidden, device_of, move_hidden, restore_precision
 from ignite_tbptt.model_state import ModelState
 from ignite_tbptt.optimization import checked_loss
@@ -65,9 +65,9 @@ class GradientHorizon:
 
     Raises:
         TypeError: `window` or `samples` is not an integer.
-        ValueError: `window` is not above `samples` by two at least, or `tolerance` is not positive. When measuring: the
-            batch is shorter than the window, the model carries no state that a gradient goes through, or no step
-            that is sampled has a loss.
+        ValueError: `window` is not above `samples` by two at least, `tolerance` is not positive, or `fit_from` leaves
+            too few of the window - samples lags. When measuring: the batch is shorter than the window, the model
+            carries no state that a gradient goes through, or no step that is sampled has a loss.
         RuntimeError: when measuring, another rank raised: all of them stop, with its reason.
 
     Source: Aicher, Foti and Fox, Adaptively Truncating Backpropagation Through Time to Control Gradient Bias, UAI 2019,
@@ -83,6 +83,7 @@ class GradientHorizon:
                 f"window must be at least samples + 2, got window={window} and samples={samples}: gradients are "
                 f"followed back over window - samples steps. Give a longer window or fewer samples."
             )
+        require_fit_from(fit_from, window - samples)
         self.window, self.samples, self.tolerance, self.fit_from = window, samples, tolerance, fit_from
         self.engine: Engine | None = None
         self._handle: Any = None

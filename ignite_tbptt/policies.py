@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ignite_tbptt.random_streams import require_seed
 from ignite_tbptt.truncation import Outline, Segment, TruncationPolicy, Window, require_steps
 from ignite_tbptt.warn import warn
 
@@ -172,7 +173,7 @@ class RandomTruncation:
         seed: the windows depend on it and on the engine's iteration alone.
 
     Raises:
-        TypeError: `minimum` is not an integer, or another argument not a number.
+        TypeError: `minimum` or `seed` is not an integer, or another argument not a number.
         ValueError: `minimum` is below 1, `mean` below `minimum`, `std` negative or not finite, or `halve_probability`
             outside [0, 1).
 
@@ -187,6 +188,7 @@ class RandomTruncation:
 
     def __post_init__(self) -> None:
         require_steps("minimum", self.minimum)
+        require_seed(self.seed)
         for name in ("mean", "std", "halve_probability"):
             _require_finite(name, getattr(self, name))
         if self.mean < self.minimum:
@@ -255,7 +257,7 @@ class AnticipatedReweightedTruncation:
         seed: the cuts depend on it and on the engine's iteration alone.
 
     Raises:
-        TypeError: `steps` is not an integer, or another argument not a number.
+        TypeError: `steps` or `seed` is not an integer, or another argument not a number.
         ValueError: `steps` is below 1, `alpha` is not above 1, or `mean` not above `steps`.
 
     Source: Tallec and Ollivier, Unbiasing Truncated Backpropagation Through Time, 2017, arXiv:1705.08209.
@@ -270,6 +272,7 @@ class AnticipatedReweightedTruncation:
 
     def __post_init__(self) -> None:
         require_steps("steps", self.steps)
+        require_seed(self.seed)
         _require_finite("alpha", self.alpha)
         _require_finite("mean", self.mean)
         if self.alpha <= 1:

@@ -371,6 +371,9 @@ def test_adaptive_truncation_sets_the_step_within_its_limits_and_scales_the_rate
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"window": 9, "samples": 8}, r"window must be at least samples \+ 2, got window=9 and samples=8"),
         ({"window": 20, "tolerance": 0.0}, "tolerance must be positive and finite, .* got 0.0"),
+        ({"window": 20, "tolerance": "half"}, "tolerance must be positive and finite, .* got 'half'"),
+        ({"window": 20, "fit_from": 12}, r"fit_from must lie in \[1, 11\], so that two of the 12 lags .* got 12"),
+        ({"window": 20, "fit_from": 2.5}, r"fit_from must lie in \[1, 11\], .* got 2.5"),
     ],
 )
 def test_a_horizon_out_of_range_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -391,6 +394,20 @@ def test_a_horizon_out_of_range_is_refused(arguments: dict[str, Any], message: s
 def test_a_decay_that_shows_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GradientDecay(**arguments)
+
+
+def test_adaptive_truncation_follows_a_horizon() -> None:
+    with pytest.raises(TypeError, match=r"horizon must be a GradientHorizon, .* got 100: make one"):
+        AdaptiveTruncation(100, 0.5, 2, 20)  # type: ignore[arg-type]
+
+
+def test_the_last_lag_that_a_fit_may_start_from_is_measured() -> None:
+    model = seeded(Forecaster)
+    trainer = create_supervised_tbptt_trainer(model, sgd(model), F.mse_loss, 10)
+    horizon = GradientHorizon(window=20, fit_from=11)
+    horizon.attach(trainer)
+    trainer.run(batches(1, steps=20))
+    assert horizon.decay.tail_start == 11
 
 
 class Detached(Forecaster):

@@ -368,6 +368,8 @@ def test_arguments_out_of_range_are_refused(make: Callable[[], Any], message: st
         (lambda: SlidingTruncation(1.0, 2), "k1 must be a whole number of time steps, got 1.0"),  # type: ignore[arg-type]
         (lambda: RandomTruncation("70"), "mean must be a number, got '70' of type str"),  # type: ignore[arg-type]
         (lambda: AnticipatedReweightedTruncation(1, None, 8), "alpha must be a number, got None"),  # type: ignore[arg-type]
+        (lambda: RandomTruncation(70, seed=0.5), "seed must be an int, got 0.5"),  # type: ignore[arg-type]
+        (lambda: AnticipatedReweightedTruncation(1, 4, 8, seed=2.0), "seed must be an int, got 2.0"),  # type: ignore[arg-type]
         (lambda: FullBackpropagation(True), "steps must be a whole number of time steps, got True"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
-from ignite_tbptt.random_streams import RandomStreams
+from ignite_tbptt.random_streams import RandomStreams, require_seed
 
 __all__ = ["Banded", "Coloring", "Sparsity", "banded", "coloring_of", "detect_sparsity", "pattern_of"]
 
@@ -193,11 +193,12 @@ def detect_sparsity(
         A bool tensor (outputs, inputs), both flattened side by side.
 
     Raises:
-        TypeError: fn is not callable, or there is no tensor of floating point among the inputs.
+        TypeError: fn is not callable, seed no int, or there is no tensor of floating point among the inputs.
         ValueError: `points` is no whole number, or below 1.
     """
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}: detect_sparsity(fn, *inputs)")
+    require_seed(seed)
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise ValueError(
             f"points must be a whole number of places to look at, at least 1, got {points!r}; 3 finds most patterns"

@@ -24,7 +24,7 @@ from ignite_tbptt.blackbox.coordinates import Coordinates
 from ignite_tbptt.blackbox.moves import Directions, Moves, all_finite, weighted, wide
 from ignite_tbptt.blackbox.random_directions import Gaussian, Rademacher
 from ignite_tbptt.blackbox.stencil import Stencil, central, forward
-from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, require_positive
+from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, require_positive, require_step_size
 
 __all__ = [
     "SPSA",
@@ -50,11 +50,23 @@ class Estimator:
         stencil: the difference formula.
         directions: which way x is moved.
         step_size: how far.
+
+    Raises:
+        TypeError: one of these is something else.
     """
 
     stencil: Stencil = field(default_factory=central)
     directions: Directions = field(default_factory=Coordinates)
     step_size: StepSize = field(default_factory=RelativeStep)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stencil, Stencil):
+            raise TypeError(f"stencil must be a Stencil, got {self.stencil!r}: take one, central() or forward() say")
+        if isinstance(self.directions, type) or not hasattr(self.directions, "moves"):
+            raise TypeError(
+                f"directions must be Directions, got {self.directions!r}: make them, Coordinates() or Orthogonal(8) say"
+            )
+        require_step_size("step_size", self.step_size)
 
     def plan(self, block: Block, eps: float, points: int, draw: int) -> Iterator[Moves]:
         """Yield all moves of a block, in portions of about `points` evaluations; see `Directions.moves`."""
@@ -80,7 +92,7 @@ def ForwardDifference(  # noqa: N802 - reads as a kind of estimator
         step_size: how far; relative to x and to the precision by default.
         sparsity: which outputs depend on which inputs, as in `Coordinates`: one evaluation for each colour.
     """
-    return Estimator(forward(), Coordinates(sparsity), step_size or RelativeStep())
+    return Estimator(forward(), Coordinates(sparsity), RelativeStep() if step_size is None else step_size)
 
 
 def CentralDifference(  # noqa: N802
@@ -97,7 +109,7 @@ def CentralDifference(  # noqa: N802
     Raises:
         ValueError: another order.
     """
-    return Estimator(central(order), Coordinates(sparsity), step_size or RelativeStep())
+    return Estimator(central(order), Coordinates(sparsity), RelativeStep() if step_size is None else step_size)
 
 
 def SPSA(n: int = 1, step_size: StepSize | None = None, seed: int = 0) -> Estimator:  # noqa: N802
@@ -114,7 +126,7 @@ def SPSA(n: int = 1, step_size: StepSize | None = None, seed: int = 0) -> Estima
     Raises:
         ValueError: n below 1.
     """
-    return Estimator(central(), Rademacher(n, seed), step_size or RelativeStep())
+    return Estimator(central(), Rademacher(n, seed), RelativeStep() if step_size is None else step_size)
 
 
 def GaussianSmoothing(n: int, sigma: float, seed: int = 0) -> Estimator:  # noqa: N802

@@ -110,7 +110,7 @@ class Workers:
             raise TypeError(
                 f"executor must be a pool with a method submit, such as ThreadPoolExecutor(16), got {self.executor!r}"
             )
-        if self.timeout is not None and not self.timeout > 0:
+        if self.timeout is not None and not (isinstance(self.timeout, (int, float)) and self.timeout > 0):
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}: None waits for ever")
         if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
             raise ValueError(f"retries must be a whole number, 0 or more, got {self.retries!r}")

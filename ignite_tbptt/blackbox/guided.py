@@ -27,6 +27,7 @@ from ignite_tbptt.blackbox.random_directions import (
 )
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import StepSize
+from ignite_tbptt.random_streams import require_seed
 
 __all__ = ["GuidedDirections"]
 
@@ -88,7 +89,7 @@ class GuidedDirections:
     Raises:
         ValueError: n or guides below 1; n that the guides use up; when gradients are taken: a surrogate's guess of
             another shape.
-        TypeError: surrogate is not callable.
+        TypeError: surrogate is not callable, or seed no int.
     """
 
     n: int
@@ -99,6 +100,7 @@ class GuidedDirections:
     def __post_init__(self) -> None:
         require_directions("n", self.n)
         require_directions("guides", self.guides)
+        require_seed(self.seed)
         if self.surrogate is not None and not callable(self.surrogate):
             raise TypeError(
                 f"surrogate must be a function of an input and its position, got {self.surrogate!r}; give "

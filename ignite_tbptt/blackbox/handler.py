@@ -405,6 +405,8 @@ def _size(module: nn.Module) -> int:
 
 
 def _chosen(model: nn.Module, modules: ModuleChoice | Iterable[ModuleChoice]) -> list[str]:
+    if not isinstance(modules, (str, type, nn.Module, Iterable)):
+        raise TypeError(f"modules must be names, classes or modules, got {modules!r}; None has the cuts found")
     choices = [modules] if isinstance(modules, (str, type, nn.Module)) else list(modules)
     if not choices:
         raise ValueError("modules is empty: name at least one module, or pass None to have the cuts found")

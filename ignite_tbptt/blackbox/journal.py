@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ignite_tbptt.blackbox.executors import Workers
 from ignite_tbptt.blackbox.flat import FlatCall
-from ignite_tbptt.blackbox.task import Executor, Result, Task
+from ignite_tbptt.blackbox.task import Executor, Result, Task, require_executor
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Journaled"]
@@ -66,11 +66,18 @@ class Journaled:
         executor: where evaluations run that are not there; a pool, or one after the other by default.
 
     Raises:
+        TypeError: path is none, or executor runs no tasks.
         ValueError: when used: the file is no journal, or one of another function; the blackbox is a module.
     """
 
     def __init__(self, path: str | os.PathLike[str], executor: Executor | Pool = map) -> None:
-        self.path = Path(path)
+        require_executor(executor)
+        try:
+            self.path = Path(path)
+        except TypeError as error:
+            raise TypeError(
+                f"path must be that of a file, got {path!r}; executor comes after it: Journaled(path, executor)"
+            ) from error
         self.executor = Workers(cast("Pool", executor)) if hasattr(executor, "submit") else executor
         self._places: dict[bytes, tuple[int, int]] = {}
         self._program = b""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.measured_step import Values, in_few_bits
-from ignite_tbptt.random_streams import RandomStreams
+from ignite_tbptt.random_streams import RandomStreams, require_seed
 
 __all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level", "one_by_one"]
 
@@ -66,11 +66,12 @@ def estimate_noise(fn: Callable[..., Any], *inputs: Any, numpy: bool = False, se
         seed: of the signs of the direction and of the weights of the outputs.
 
     Raises:
-        TypeError: fn is not callable, or no input is a tensor of floating point.
+        TypeError: fn is not callable, seed no int, or no input is a tensor of floating point.
         BlackboxError: fn is NaN or infinite at the inputs.
     """
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}: estimate_noise(fn, *inputs)")
+    require_seed(seed)
     line = Line(fn, inputs, numpy, seed)
     with torch.no_grad(), line.streams.replayed():
         phi = line.along(torch.float64 if numpy else None)

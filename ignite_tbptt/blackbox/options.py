@@ -26,6 +26,7 @@ from ignite_tbptt.blackbox.task import (
     Task,
     alike_on_all_ranks,
     begins_ahead,
+    require_executor,
     run,
 )
 
@@ -104,6 +105,7 @@ class Options:
 
 
 def _on_pool(executor: Any) -> Any:
+    require_executor(executor)
     if isinstance(executor, (SerialEvaluation, StackedEvaluation)):
         return replace(executor, executor=_on_pool(executor.executor))
     return Workers(executor) if hasattr(executor, "submit") and not isinstance(executor, type) else executor
@@ -152,30 +154,25 @@ def make_options(
                 "certify compares a gradient with slopes of the function, and Gaussian directions estimate the "
                 "gradient of a smoothed one: leave certify out, or use SPSA(n)"
             )
-    executor = _on_pool(executor)
-    if executor is not None and executor is not map and (isinstance(executor, type) or not callable(executor)):
-        raise TypeError(
-            f"executor must be called as map(function, tasks) is, got {executor!r}: give a pool, "
-            "ThreadPoolExecutor(4) say, or make one by calling it, SerialEvaluation() say"
-        )
+    runs: Any = None if executor is None else _on_pool(executor)
     if not vectorized:
-        executor = _by_rows(executor, in_dims, out_dims)
-    if in_dims is None and isinstance(executor, StackedEvaluation) and executor.required:
+        runs = _by_rows(runs, in_dims, out_dims)
+    if in_dims is None and isinstance(runs, StackedEvaluation) and runs.required:
         raise ValueError(
             "StackedEvaluation needs to know which axis the rows are at, and that they are independent: give in_dims, "
             "as in torch.vmap, or use SerialEvaluation()"
         )
     if dtype is None and numpy:
         dtype = torch.float64
-    executor = StackedEvaluation(required=False) if executor is None else executor
+    runs = StackedEvaluation(required=False) if runs is None else runs
     shown: contextlib.AbstractContextManager[None] = _NOT_SHOWN
     if progress:
-        packing = executor if isinstance(executor, (SerialEvaluation, StackedEvaluation)) else None
-        shown = bar = Progress(cast("Executor", executor if packing is None else packing.executor))
-        executor = bar if packing is None else replace(packing, executor=bar)
+        packing = runs if isinstance(runs, (SerialEvaluation, StackedEvaluation)) else None
+        shown = bar = Progress(runs if packing is None else cast("Executor", packing.executor))
+        runs = bar if packing is None else replace(packing, executor=bar)
     return Options(
         CentralDifference() if estimator is None else estimator,
-        executor,
+        runs,
         in_dims,
         out_dims,
         dtype,
@@ -185,7 +182,7 @@ def make_options(
         vectorized,
         shown,
         certify,
-        begins_ahead(executor),
+        begins_ahead(runs),
     )
 
 

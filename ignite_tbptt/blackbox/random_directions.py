@@ -19,6 +19,7 @@ from ignite_tbptt.blackbox.block import Block
 from ignite_tbptt.blackbox.moves import Moves, wide_type
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, steps_around
+from ignite_tbptt.random_streams import require_seed
 
 __all__ = [
     "Gaussian",
@@ -128,6 +129,7 @@ class RandomDirections(ABC):
         seed: directions are drawn from a stream of their own, by this seed and the number of gradients before.
 
     Raises:
+        TypeError: seed is no int.
         ValueError: n below 1.
     """
 
@@ -136,6 +138,7 @@ class RandomDirections(ABC):
 
     def __post_init__(self) -> None:
         require_directions("n", self.n)
+        require_seed(self.seed)
 
     @abstractmethod
     def _drawn(self, rows: int, width: int, dtype: torch.dtype, seed: int) -> tuple[int, Callable[[int], Tensor]]:

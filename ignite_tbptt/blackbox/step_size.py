@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "StepSize",
     "Steps",
     "require_positive",
+    "require_step_size",
     "steps_around",
     "unbounded",
 ]
@@ -81,6 +82,7 @@ class RelativeStep:
             elements that are 0, which say nothing of their scale. A float, or a tensor that broadcasts against x.
 
     Raises:
+        TypeError: a floor that is no number.
         ValueError: a factor that is not positive and finite, a negative floor; (when used) an element that is 0 where
             the floor is.
     """
@@ -91,7 +93,8 @@ class RelativeStep:
     def __post_init__(self) -> None:
         if self.factor is not None:
             require_positive("factor", self.factor, "leave it out for the step that suits the precision")
-        if not bool((_numbers(self.floor) >= 0).all() & _numbers(self.floor).isfinite().all()):
+        floor = _numbers("floor", self.floor)
+        if not bool((floor >= 0).all() & floor.isfinite().all()):
             raise ValueError(
                 f"floor must be finite and not negative, got {self.floor!r}: it is the size below which |x| counts as "
                 "this large; 0 for none"
@@ -175,10 +178,20 @@ class PerInputStep:
         step_sizes: one for each tensor that requires grad, in the order of the arguments.
 
     Raises:
+        TypeError: an entry is no step size.
         ValueError: (when used) there are more such tensors than entries.
     """
 
     step_sizes: tuple[StepSize, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.step_sizes, (tuple, list)):
+            raise TypeError(
+                f"step_sizes must be a tuple, got {self.step_sizes!r}: give a step size for each tensor that requires "
+                "grad, or the step size itself where one suits all"
+            )
+        for number, step_size in enumerate(self.step_sizes):
+            require_step_size(f"step_sizes[{number}]", step_size)
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
         """See `StepSize.each`."""
@@ -217,6 +230,7 @@ class BoundedStep:
         upper: largest x, likewise.
 
     Raises:
+        TypeError: step_size is none, or a bound is no number.
         ValueError: a bound that is NaN; (when used) an element of x lies outside, or there is no room on either side.
     """
 
@@ -225,9 +239,10 @@ class BoundedStep:
     upper: Bound = None
 
     def __post_init__(self) -> None:
+        require_step_size("step_size", self.step_size)
         for name, bound in (("lower", self.lower), ("upper", self.upper)):
             entries = bound if isinstance(bound, tuple) else (bound,)
-            if any(entry is not None and bool(_numbers(entry).isnan().any()) for entry in entries):
+            if any(entry is not None and bool(_numbers(name, entry).isnan().any()) for entry in entries):
                 raise ValueError(f"{name} must not be NaN, got {bound!r}: nothing lies inside it; None for no bound")
 
     def each(self, x: Tensor, stencil: Stencil, eps: float, position: int = 0) -> Steps:
@@ -362,6 +377,20 @@ def _power_of_two_below(h: Tensor) -> Tensor:
     return h.view(integer).bitwise_and(mask).view(h.dtype)
 
 
+def require_step_size(name: str, value: Any) -> None:
+    """Refuse what does not choose steps.
+
+    Raises:
+        TypeError: the value is no `StepSize`.
+    """
+    if isinstance(value, type) or not (hasattr(value, "each") and hasattr(value, "inside")):
+        instead = "make one, RelativeStep() say"
+        if isinstance(value, (int, float, Tensor)):
+            number = "t" if isinstance(value, Tensor) else repr(value)
+            instead = f"give AbsoluteStep({number}), or RelativeStep({number}) for a step relative to x"
+        raise TypeError(f"{name} must be a StepSize, got {value!r}: {instead}")
+
+
 def require_positive(name: str, value: float | Tensor, instead: str) -> None:
     """Refuse a distance that x cannot be moved by.
 
@@ -395,8 +424,11 @@ def _refuse_lost(name: str, sizes: Tensor, x: Tensor) -> Tensor:
     return sizes
 
 
-def _numbers(value: float | Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+def _numbers(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}") from error
 
 
 def _broadcast(name: str, value: float | Tensor, x: Tensor, position: int) -> Tensor:

@@ -36,6 +36,7 @@ __all__ = [
     "SerialEvaluation",
     "StackedEvaluation",
     "Task",
+    "require_executor",
     "run",
     "size_of",
 ]
@@ -248,6 +249,7 @@ class SerialEvaluation:
         executor: where the calls run; one after the other in the caller's thread by default.
 
     Raises:
+        TypeError: an executor that is none.
         ValueError: a size below 1.
     """
 
@@ -256,6 +258,7 @@ class SerialEvaluation:
 
     def __post_init__(self) -> None:
         _check_bytes("chunk_bytes", self.chunk_bytes)
+        require_executor(self.executor)
 
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterable[Result]:
         """See `Executor`."""
@@ -276,6 +279,7 @@ class StackedEvaluation:
         required: refuse a function that cannot be stacked; False evaluates one point a call then.
 
     Raises:
+        TypeError: an executor that is none.
         ValueError: a size below 1; when used, that no in_dims were declared.
     """
 
@@ -285,6 +289,7 @@ class StackedEvaluation:
 
     def __post_init__(self) -> None:
         _check_bytes("stack_bytes", self.stack_bytes)
+        require_executor(self.executor)
 
     def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterable[Result]:
         """See `Executor`."""
@@ -392,6 +397,20 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _check_bytes(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}: a portion holds at least one point")
+def require_executor(executor: Any) -> None:
+    """Refuse what runs no tasks.
+
+    Raises:
+        TypeError: it is neither a pool nor called as ``map`` is.
+    """
+    runs = callable(executor) or hasattr(executor, "submit")
+    if not runs or (isinstance(executor, type) and executor is not map):
+        raise TypeError(
+            f"executor must be called as map(function, tasks) is, got {executor!r}: give a pool, "
+            "ThreadPoolExecutor(4) say, or make one by calling it, SerialEvaluation() say"
+        )
+
+
+def _check_bytes(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}: a portion holds at least one point")

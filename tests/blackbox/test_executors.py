@@ -166,9 +166,9 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="executor must be a pool with a method submit"):
         Workers(map)  # type: ignore[arg-type]
     pool = ThreadPoolExecutor(1)
-    for timeout in (0, -1.0, float("nan")):
+    for timeout in (0, -1.0, float("nan"), "60"):
         with pytest.raises(ValueError, match="timeout must be a positive number of seconds"):
-            Workers(pool, timeout=timeout)
+            Workers(pool, timeout=timeout)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"failed must be 'raise', which ends the gradient, or 'nan'.* got 'skip'"):
         Workers(pool, failed="skip")  # type: ignore[arg-type]
     for retries in (-1, 1.5, True):

@@ -468,6 +468,7 @@ def test_a_shared_module_goes_by_either_name() -> None:
         (nn.Conv2d, ValueError, r"no Conv2d in Recurrent; it is made of \['Cell', 'Linear', 'Recurrent'\]"),
         (Cell(True), ValueError, "this Cell is not part of Recurrent"),
         ([], ValueError, "modules is empty"),
+        (3, TypeError, "modules must be names, classes or modules, got 3; None has the cuts found"),
         ([3], TypeError, "expected names, module classes or modules, got 3 of type int"),
     ],
 )
