@@ -13,6 +13,7 @@ import torch
 from ignite.engine import Engine
 from ignite.metrics import Loss, MeanAbsoluteError, MeanPairwiseDistance, MeanSquaredError, Metric
 
+from ignite_tbptt.arguments import require_callable
 from ignite_tbptt.checkpoint import TimeEngine
 from ignite_tbptt.events import EpochTimeWise, Tbptt_Events, fire, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, call_model, check_layout, count_steps, prepare_batch, unchanged
@@ -42,6 +43,12 @@ class TbpttEvaluationStep:
     loss_weight: Callable[[Any, Any], Any] | None
     output_transform: Callable[[Any, Any, Any], Any]
     counts_rows: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        require_callable("output_transform", self.output_transform, "output_transform(x, y, y_pred) -> output")
+        require_callable("split_batch", self.split_batch, "split_batch(batch, dim) -> (length, cut)")
+        if self.loss_weight is not None:
+            require_callable("loss_weight", self.loss_weight, "loss_weight(x, y) -> steps that count")
 
     def __call__(self, engine: Engine, batch: Any) -> Any:
         """Evaluate one batch and return its output, made of those of the chunks that count."""
@@ -184,7 +191,8 @@ def create_supervised_tbptt_evaluator(
         ValueError: an argument is out of its range. In a run, as the trainer.
     """
     check_steps(tbtt_step)
-    warn_if_bidirectional(model)
+    if not isinstance(metrics, Mapping | None):
+        raise TypeError(f"metrics must be a dict of metrics by name, got {metrics!r}.")
     metrics = metrics or {}
     step = TbpttEvaluationStep(
         forward=ChunkForward(
@@ -206,6 +214,7 @@ def create_supervised_tbptt_evaluator(
             if dim != 0 and output_transform is not time_steps_as_samples and _counts_rows(metric, loss_weight)
         ),
     )
+    warn_if_bidirectional(model)
     engine = TimeEngine(step, {"dim": dim, "stateful": stateful})
     register_time_events(engine, Tbptt_Events.TIME_ITERATION_STARTED, Tbptt_Events.TIME_ITERATION_COMPLETED)
     engine.state.tbtt_step = tbtt_step

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ignite_tbptt import nest
+from ignite_tbptt.arguments import require_callable
 from ignite_tbptt.hidden import device_of
 from ignite_tbptt.warn import warn
 
@@ -47,13 +48,17 @@ def count_steps(loss_weight: Callable[[Any, Any], Any] | None, x: Any, y: Any, s
     """Return how many of the time steps of a chunk count: all that have a target, or what `loss_weight` says.
 
     Raises:
-        ValueError: `loss_weight` returned what is no count.
+        TypeError, ValueError: `loss_weight` returned what is no count.
     """
     if y is None:
         return 0
     if loss_weight is None:
         return steps
-    count = float(loss_weight(x, y))
+    weight = loss_weight(x, y)
+    try:
+        count = float(weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"loss_weight must return a number, the steps that count, got {weight!r}.") from error
     if not (math.isfinite(count) and count >= 0):
         raise ValueError(
             f"loss_weight must return a finite number that is not negative, the steps that count, got {count}."
@@ -87,6 +92,11 @@ class ChunkForward:
     amp_mode: str | None
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, type) or not hasattr(self.model, "train"):
+            raise TypeError(f"model must be a torch.nn.Module, got {self.model!r}.")
+        require_callable("prepare_batch", self.prepare_batch, "prepare_batch(chunk, device, non_blocking) -> (x, y)")
+        require_callable("model_fn", self.model_fn, "model_fn(model, x, hidden) -> (y_pred, hidden)")
+        require_callable("model_transform", self.model_transform, "model_transform(y_pred) -> y_pred")
         if self.amp_mode not in (None, "amp"):
             raise ValueError(f"amp_mode must be None or 'amp' (torch.autocast), got {self.amp_mode!r}.")
 

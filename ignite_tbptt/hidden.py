@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ignite_tbptt import nest
+from ignite_tbptt.arguments import require_callable, require_dim
 from ignite_tbptt.sequence import Cut
 from ignite_tbptt.truncation import Plan, Window
 from ignite_tbptt.warn import warn
@@ -187,6 +188,9 @@ class HiddenCarry:
     def __post_init__(self) -> None:
         if self.stateful not in (False, True, "data"):
             raise ValueError(f"stateful must be False, True or 'data', got {self.stateful!r}.")
+        require_dim("dim", self.dim)
+        if self.initial_hidden is not None:
+            require_callable("initial_hidden", self.initial_hidden, "initial_hidden(x) -> hidden")
 
     def through(self, state: Any, plan: Plan, cut: Cut) -> HiddenThroughBatch:
         """Begin the batch that `cut` cuts.

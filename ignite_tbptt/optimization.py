@@ -226,7 +226,7 @@ class OptimizerStep:
         modules: what the losses lead to besides the parameters of the optimizer, whose gradients are corrected, too.
 
     Raises:
-        TypeError: the optimizer evaluates the loss itself, as LBFGS does.
+        TypeError: it is no optimizer, or one that evaluates the loss itself, as LBFGS does.
     """
 
     optimizer: Any
@@ -234,6 +234,13 @@ class OptimizerStep:
     modules: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.optimizer, type) or not (
+            hasattr(self.optimizer, "zero_grad") and hasattr(self.optimizer, "step")
+        ):
+            raise TypeError(
+                f"optimizer must be an optimizer, torch.optim.SGD(model.parameters(), lr=0.1) say, got "
+                f"{self.optimizer!r}: the order is model, optimizer, loss_fn, tbtt_step."
+            )
         if isinstance(self.optimizer, torch.optim.Optimizer):
             closure = inspect.signature(self.optimizer.step).parameters.get("closure")
             if closure is not None and closure.default is inspect.Parameter.empty:

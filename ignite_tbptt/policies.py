@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ignite_tbptt.random_streams import require_seed
+from ignite_tbptt.arguments import require_seed
 from ignite_tbptt.truncation import Outline, Segment, TruncationPolicy, Window, require_steps
 from ignite_tbptt.warn import warn
 

@@ -22,17 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RandomStreams", "random_streams_kept", "require_seed"]
-
-
-def require_seed(seed: Any) -> None:
-    """Refuse what seeds nothing: a float would be cut off.
-
-    Raises:
-        TypeError: it is no int.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed must be an int, got {seed!r}: it is what random numbers are drawn from; 0 is the usual")
+__all__ = ["RandomStreams", "random_streams_kept"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
+from ignite_tbptt.arguments import require_callable
 from ignite_tbptt.checkpoint import TimeEngine
 from ignite_tbptt.events import Tbptt_Events, fire, fire_and_ask, has_listeners, register_time_events, stop_requested
 from ignite_tbptt.forward import ChunkForward, check_layout, count_steps
@@ -93,6 +94,13 @@ class TbpttTrainingStep:
     carry: HiddenCarry
     check_rerun: RerunCheck
     recompute: Recompute | None = None
+
+    def __post_init__(self) -> None:
+        require_callable("loss_fn", self.loss_fn, "loss_fn(y_pred, y) -> loss")
+        require_callable("output_transform", self.output_transform, "output_transform(x, y, y_pred, loss) -> output")
+        require_callable("split_batch", self.split_batch, "split_batch(batch, dim) -> (length, cut)")
+        if self.loss_weight is not None:
+            require_callable("loss_weight", self.loss_weight, "loss_weight(x, y) -> steps that count")
 
     def attach(self, engine: Engine) -> None:
         """Give `engine`, whose process function this is, the events, the counters and the carried state."""

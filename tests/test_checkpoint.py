@@ -267,8 +267,8 @@ def test_numpys_integers_are_saved_as_pythons() -> None:
 
 
 def test_a_setting_that_no_checkpoint_could_hold_is_refused_when_the_trainer_is_made() -> None:
-    with pytest.raises(TypeError, match=r"dim must be a number, a string or None, because checkpoints hold it, got"):
-        Run(dim=torch.tensor(0))
+    with pytest.raises(TypeError, match=r"stateful must be a number, a string or None, because checkpoints hold"):
+        Run(stateful=torch.tensor(True))
 
 
 # What is lost

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ignite_tbptt.arguments import require_seed
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
-from ignite_tbptt.random_streams import RandomStreams, require_seed
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Banded", "Coloring", "Sparsity", "banded", "coloring_of", "detect_sparsity", "pattern_of"]
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ignite_tbptt.arguments import require_seed
 from ignite_tbptt.blackbox.block import Block
 from ignite_tbptt.blackbox.moves import Moves, all_finite
 from ignite_tbptt.blackbox.random_directions import (
@@ -27,7 +28,6 @@ from ignite_tbptt.blackbox.random_directions import (
 )
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import StepSize
-from ignite_tbptt.random_streams import require_seed
 
 __all__ = ["GuidedDirections"]
 

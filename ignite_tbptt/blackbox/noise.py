@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ignite_tbptt.arguments import require_seed
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.flat import FlatCall, Outputs
 from ignite_tbptt.blackbox.measured_step import Values, in_few_bits
-from ignite_tbptt.random_streams import RandomStreams, require_seed
+from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Line", "NoiseEstimate", "Scalar", "estimate_noise", "noise_level", "one_by_one"]
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ignite_tbptt.arguments import require_seed
 from ignite_tbptt.blackbox.block import Block
 from ignite_tbptt.blackbox.moves import Moves, wide_type
 from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import AbsoluteStep, RelativeStep, StepSize, steps_around
-from ignite_tbptt.random_streams import require_seed
 
 __all__ = [
     "Gaussian",

@@ -108,7 +108,7 @@ def test_counts_are_of_calls_and_can_be_shared() -> None:
 
 
 def test_sizes_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match="chunk_bytes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_bytes must be an int of at least 1, got 0"):
         SerialEvaluation(chunk_bytes=0)
-    with pytest.raises(ValueError, match="stack_bytes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="stack_bytes must be an int of at least 1, got 0"):
         StackedEvaluation(stack_bytes=0)
