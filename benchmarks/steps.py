@@ -3,7 +3,8 @@
 First, functions whose length scales differ: the relative error of forward, central and fourth-order differences with
 the default step and with `MeasuredStep`, beside scipy's ``approx_derivative``, and what the search cost. Then programs
 that print few digits, work on 8-bit images or solve to a tolerance: the median error of the default ``blackbox(fn,
-numpy=True)`` over draws of x, beside that of its fixed step, and how often it said a word. Then noise that is added.
+numpy=True)`` over draws of x, beside that of its fixed step, and how often it said a word. Then noise that is added,
+and beside the measured step the best of all, which only hindsight knows: no step makes the error smaller than that.
 
     python benchmarks/steps.py
 """
@@ -194,8 +195,20 @@ NOISY: dict[str, tuple[int, Function]] = {
 }
 
 
+def best_error(function: Function, x: Any, true: Any, sigma: float, order: int) -> float:
+    """The relative error to be expected of the best of all steps, which only hindsight knows."""
+    stencil, found = central(order), []
+    for h in 2.0 ** np.arange(-14, 3, 0.5):
+        moved = [[float(function(x + offset * h * e)) for offset in stencil.offsets] for e in np.eye(len(x))]
+        truncation = np.array(moved) @ np.array(stencil.weights) / h - true
+        variance = len(x) * sum((weight * sigma / h) ** 2 for weight in stencil.weights)
+        found.append(math.sqrt(truncation @ truncation + variance))
+    return min(found) / float(np.linalg.norm(true))
+
+
 def noise(points: int) -> None:
-    print(f"\n{'with noise':26}{'within 1/4 to 4':>16}{'median error, measured':>24}{'of order 4':>12}")
+    titles = ("measured", "best step", "order 4", "best step")
+    print(f"\n{'median error with noise':26}{'within 1/4 to 4':>16}" + "".join(f"{title:>12}" for title in titles))
     generator = np.random.default_rng(2)
     for name, (size, function) in NOISY.items():
         for sigma in (1e-8, 1e-6, 1e-4, 1e-2, 1e-1):
@@ -203,8 +216,8 @@ def noise(points: int) -> None:
             def noisy(x: Any, sigma: float = sigma, function: Function = function) -> Any:
                 return function(x) + sigma * generator.standard_normal()
 
-            good, errors = 0, {2: list[float](), 4: list[float]()}
-            for _ in range(points):
+            good, errors, best = 0, {2: list[float](), 4: list[float]()}, {2: list[float](), 4: list[float]()}
+            for number in range(points):
                 x = torch.from_numpy(generator.uniform(-1, 1, size)).requires_grad_()
                 good += bool(0.25 <= estimate_noise(noisy, x, numpy=True).level / sigma <= 4)
                 y = x.detach().requires_grad_()
@@ -216,11 +229,20 @@ def noise(points: int) -> None:
                         warnings.simplefilter("ignore")
                         (estimate,) = torch.autograd.grad(f(x), x)
                     found.append(float((estimate - true).norm() / true.norm()))
+                    if number % 5 == 0:
+                        best[order].append(best_error(function, x.detach().numpy(), true.numpy(), sigma, order))
             of_two, of_four = map(statistics.median, errors.values())
-            print(f"{name + f', {sigma:.0e}':<26}{good / points:>16.2f}{of_two:>24.1e}{of_four:>12.1e}", flush=True)
+            best_of_two, best_of_four = map(statistics.median, best.values())
+            middle = (of_two, best_of_two, of_four, best_of_four)
+            row = f"{name + f', {sigma:.0e}':<26}{good / points:>16.2f}" + "".join(
+                f"{value:>12.1e}" for value in middle
+            )
+            print(row, flush=True)
             figure(f"{name} with noise of {sigma:.0e}: noise estimated within 1/4 to 4", good / points)
             figure(f"{name} with noise of {sigma:.0e}: median error of a measured step", of_two, "relative")
-            figure(f"{name} with noise of {sigma:.0e}: the same, of order 4", of_four, "relative")
+            figure(f"{name} with noise of {sigma:.0e}: that of the best of all steps", best_of_two, "relative")
+            figure(f"{name} with noise of {sigma:.0e}: of order 4, measured", of_four, "relative")
+            figure(f"{name} with noise of {sigma:.0e}: of order 4, best of all steps", best_of_four, "relative")
 
 
 def draw(path: Path) -> None:
