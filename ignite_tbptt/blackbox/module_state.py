@@ -14,7 +14,7 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ class ModuleState:
 
     def adopt(self, module: nn.Module) -> None:
         """Take over what the forward built on first use, a solver say, instead of building it again each time."""
-        for mine, part in zip(self._module.modules(), module.modules(), strict=False):
+        for mine, part in zip(_parts(self._module), _parts(module), strict=False):
             now = vars(mine)
             if len(now) == len(vars(part)) and all(now[name] is not None for name in now.keys() - _OF_TORCH):
                 continue
@@ -127,13 +127,18 @@ class ModuleState:
         ]
 
 
+def _parts(module: nn.Module) -> Iterable[nn.Module]:
+    """A module and all inside of it; of most blackboxes that is the module itself."""
+    return module.modules() if module._modules else (module,)
+
+
 def _marks(module: nn.Module) -> list[Any]:
     """Equal where nothing was bound anew in a module, or written into its buffers and frozen parameters.
 
     Of a module whose attributes cannot change in place that is all; the state that is kept holds them alive.
     """
     found: list[Any] = []
-    for part in module.modules():
+    for part in _parts(module):
         held = vars(part)
         found += map(id, held.values())
         found += [(name, id(p), p is None or p.requires_grad or p._version) for name, p in part._parameters.items()]
