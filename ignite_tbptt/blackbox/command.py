@@ -14,15 +14,12 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import Executor as Pool
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.function import BlackboxFunction, blackbox
-from ignite_tbptt.blackbox.task import Executor
 
 __all__ = ["blackbox_from_command"]
 
@@ -32,10 +29,8 @@ def blackbox_from_command(
     *,
     stdin: Literal["arguments", "json"] = "arguments",
     timeout: float | None = None,
-    estimator: Estimator | Literal["auto"] | None = None,
-    executor: Executor | Pool | None = None,
     in_dims: Any = None,
-    repeatable: bool = True,
+    **options: Any,
 ) -> BlackboxFunction[..., Any]:
     """Make an external program a differentiable function.
 
@@ -58,14 +53,13 @@ def blackbox_from_command(
         stdin: ``"arguments"`` appends all numbers to the command; ``"json"`` writes the list of arguments, tensors as
             nested lists, to the standard input.
         timeout: seconds after which the program, and what it has started, is killed.
-        estimator: see `blackbox`.
-        executor: see `blackbox`; ``ThreadPoolExecutor(8)`` runs eight programs at a time.
         in_dims: the batch axis of each argument, as in `blackbox`; the program is started once for each row then, with
             the numbers of that row.
-        repeatable: see `blackbox`.
+        options: `blackbox` takes the others: estimator, repeatable, progress, certify, count, and executor, of which
+            ``ThreadPoolExecutor(8)`` runs eight programs at a time.
 
     Raises:
-        TypeError: command is not a sequence of strings.
+        TypeError: command is not a sequence of strings; an option that `blackbox` has not.
         ValueError: the program is not there, timeout is not above 0, or stdin is another word; when called: it printed
             something else than numbers.
         BlackboxError: in backward: the program failed, with its exit status and the end of its standard error.
@@ -76,13 +70,12 @@ def blackbox_from_command(
         )
     if shutil.which(command[0]) is None:
         raise ValueError(f"command starts {command[0]!r}, which is no program on the path; give its full path")
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be above 0 seconds, got {timeout}: leave it out for none")
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+        raise ValueError(f"timeout must be above 0 seconds, got {timeout!r}: leave it out for none")
     if stdin not in ("arguments", "json"):
         raise ValueError(f"stdin must be 'arguments' or 'json', got {stdin!r}")
     program = _Program(tuple(command), stdin, timeout)
-    asked: Any = {"estimator": estimator, "executor": executor, "in_dims": in_dims, "repeatable": repeatable}
-    return blackbox(program, numpy=True, vectorized=in_dims is None, **asked)
+    return blackbox(program, numpy=True, in_dims=in_dims, vectorized=in_dims is None, **options)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import Executor as Pool
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ignite_tbptt.blackbox.estimator import Estimator
 from ignite_tbptt.blackbox.function import blackbox
 from ignite_tbptt.blackbox.node import refuse_second_derivatives
-from ignite_tbptt.blackbox.task import Executor
 from ignite_tbptt.blackbox.umbridge_model import UmbridgeModel
 
 __all__ = ["blackbox_from_umbridge"]
@@ -30,9 +27,7 @@ def blackbox_from_umbridge(
     config: dict[str, Any] | None = None,
     *,
     timeout: float | None = None,
-    estimator: Estimator | Literal["auto"] | None = None,
-    executor: Executor | Pool | None = None,
-    repeatable: bool = True,
+    **options: Any,
 ) -> Callable[..., Any]:
     """Make a model that an UM-Bridge server offers a differentiable function.
 
@@ -54,29 +49,30 @@ def blackbox_from_umbridge(
         name: of the model.
         config: handed to the model with every request.
         timeout: seconds that a request may take; None waits for ever.
-        estimator: see `blackbox`; given, differences are taken of a model with a gradient of its own, too.
-        executor: see `blackbox`; for differences.
-        repeatable: see `blackbox`; for differences.
+        options: those of `blackbox`, for differences: estimator, executor, repeatable, progress, certify, count. With
+            an estimator differences are taken of a model with a gradient of its own, too.
 
     Raises:
         ConnectionError: no server answers.
-        ValueError: the server does not offer the model, a time-out that is not positive, an executor for a model with a
-            gradient of its own; when called: a vector of another size.
+        TypeError: an option that `blackbox` has not.
+        ValueError: the server does not offer the model, a time-out that is not positive, other options than an
+            estimator for a model with a gradient of its own; when called: a vector of another size.
         RuntimeError: when called: the server answered with an error.
         TimeoutError: when called: a request took too long.
         BlackboxError: in backward, see `blackbox`.
     """
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be above 0 seconds, got {timeout}: leave it out for none")
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+        raise ValueError(f"timeout must be above 0 seconds, got {timeout!r}: leave it out for none")
     model = UmbridgeModel.at(url.rstrip("/"), name, dict(config or {}), timeout)
-    if estimator is None and model.has_gradient:
-        if executor is not None:
+    if options.get("estimator") is None and model.has_gradient:
+        given = ", ".join(key for key, value in options.items() if value is not None)
+        if given:
             raise ValueError(
-                f"executor runs evaluations for differences, and {name} has a gradient of its own, which takes none: "
-                "leave executor out, or give an estimator"
+                f"{given} is for differences, and {name} has a gradient of its own, which takes none: leave it out, or "
+                "give an estimator"
             )
         return _Native(model)
-    return blackbox(model, numpy=True, estimator=estimator, executor=executor, repeatable=repeatable)
+    return blackbox(model, numpy=True, **options)
 
 
 class _Native:

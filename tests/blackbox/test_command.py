@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ignite_tbptt.blackbox import BlackboxError, UntrustedGradientWarning, blackbox_from_command
+from ignite_tbptt.blackbox import BlackboxError, EvaluationCount, UntrustedGradientWarning, blackbox_from_command
 
 
 def program(text: str, **options: Any) -> Any:
@@ -37,6 +37,17 @@ def test_gradients_are_those_of_the_closed_form(text: str, stdin: Any) -> None:
     with ThreadPoolExecutor(2) as pool:
         parallel = gradient(program(text, stdin=stdin, executor=pool), 2.0, 3.0)
     assert parallel == gradient(program(text, stdin=stdin), 2.0, 3.0)
+
+
+def test_the_options_of_a_blackbox() -> None:
+    count = EvaluationCount()
+    f = program("import sys; print(float(sys.argv[1]) ** 3)", certify=1, count=count)
+    assert gradient(f, 2.0) == pytest.approx([12.0], abs=1e-8)
+    assert f.certificate is not None
+    assert f.certificate.relative < 1e-6
+    assert count.nfev == 2
+    with pytest.raises(TypeError, match="unexpected keyword argument 'estimators'"):
+        program("", estimators=None)
 
 
 def test_json_keeps_shapes_both_ways_and_numbers_all_their_digits() -> None:
@@ -89,7 +100,7 @@ def test_bad_arguments() -> None:
         blackbox_from_command("ls -l")
     with pytest.raises(ValueError, match=r"command starts 'no-such-program', which is no program on the path"):
         blackbox_from_command(["no-such-program"])
-    for timeout in (0, -1.0, float("nan")):
+    for timeout in (0, -1.0, float("nan"), "60"):
         with pytest.raises(ValueError, match="timeout must be above 0 seconds"):
             program("", timeout=timeout)
     with pytest.raises(ValueError, match="stdin must be 'arguments' or 'json', got 'yaml'"):

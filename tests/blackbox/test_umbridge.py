@@ -165,8 +165,8 @@ def test_errors_of_the_client(server: UmbridgeServer) -> None:
         blackbox_from_umbridge(server.url, "backward")
     with pytest.raises(ValueError, match="timeout must be above 0 seconds, got 0"):
         blackbox_from_umbridge(server.url, "forward", timeout=0)
-    with pytest.raises(ValueError, match="executor runs evaluations for differences, and forward has a gradient"):
-        blackbox_from_umbridge(server.url, "forward", executor=map)
+    with pytest.raises(ValueError, match="executor, certify is for differences, and forward has a gradient of its own"):
+        blackbox_from_umbridge(server.url, "forward", executor=map, certify=10)
     for options in WAYS.values():
         f = blackbox_from_umbridge(server.url, "forward", **options)
         with pytest.raises(ValueError, match=r"forward takes vectors of sizes \[3, 2\], got shapes \[\(2,\), \(3,\)\]"):
