@@ -540,7 +540,7 @@ def test_the_log_says_what_in_dims_would_save() -> None:
     handler.logger.setLevel(logging.INFO)
     trainer.run([batch] * 2)
     # 32 elements, both ways, twice
-    assert re.match(r"1: 128 evaluations for 2 gradients, \d+ to verify them, in \d+ calls", lines[-1])
+    assert re.match(r"1: 128 evaluations for 2 gradients, \d+ more to verify and to measure, in \d+ calls", lines[-1])
     assert "its 8 rows look independent: in_dims=0 would take 1/8 of the evaluations" in lines[-1]
 
 

@@ -336,7 +336,9 @@ def test_a_report_tells_the_step_the_cost_and_what_was_verified() -> None:
     (((found,),),) = [list(measured.values()) for measured in f._facts.measurements.values()]
     report = f.report()
     assert f"step: {found.step.h:.2g} for differentiated input 0" in report
-    assert f"cost: 2 evaluations in {f.count.calls} calls for 1 gradients, {f.count.probes} to verify them" in report
+    assert (
+        f"gradients: 1, by 2 evaluations in {f.count.calls} calls, and {f.count.probes} more to verify and to" in report
+    )
     assert "rows: independent, as verified; their points share calls" in report
     module = Blackbox(torch.nn.Linear(2, 1), estimator=CentralDifference(sparsity=torch.ones(1, 5).bool()))
     module(torch.ones(2, requires_grad=True)).sum().backward()
