@@ -306,7 +306,8 @@ class FiniteDifferenceGradients:
             self._remove()
             for name, count in self.counts.items():
                 self.logger.info(
-                    "%s: %d evaluations for %d gradients, %d more to verify and to measure, in %d calls: %.3f s inside of %.3f s%s",
+                    "%s: %d evaluations for %d gradients, %d more to verify and to measure, in %d calls: %.3f s inside "
+                    "of %.3f s%s",
                     name,
                     count.nfev,
                     count.gradients,

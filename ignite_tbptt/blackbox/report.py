@@ -17,8 +17,8 @@ def report_of(label: str, options: Options, facts: Facts, count: EvaluationCount
     estimator = facts.suited or options.estimator
     lines = [
         f"{label}, by {type(estimator.directions).__name__} and a formula of order {estimator.stencil.order}",
-        f"  gradients: {count.gradients}, by {count.nfev} evaluations in {count.calls} calls, and {count.probes} more to "
-        f"verify and to measure; {count.seconds:.3g} s inside of {count.wall_seconds:.3g} s",
+        f"  gradients: {count.gradients}, by {count.nfev} evaluations in {count.calls} calls, and {count.probes} more "
+        f"to verify and to measure; {count.seconds:.3g} s inside of {count.wall_seconds:.3g} s",
     ]
     if not facts.measurements:
         lines.append(f"  step: {estimator.step_size}")
