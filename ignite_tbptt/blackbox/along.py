@@ -63,4 +63,5 @@ class Along:
         points = [tensor.clone() for tensor in x]
         points[k] = torch.where(self._moves, points[k] + distance, points[k])
         inside = record.estimator.step_size.inside(points[k], sum(record.needed[:k]))
-        return points if bool(((inside == points[k]) | ~self._moves).all()) else None
+        # an element that is NaN stays NaN, wherever the bounds are
+        return points if bool(((inside == points[k]) | points[k].isnan() | ~self._moves).all()) else None

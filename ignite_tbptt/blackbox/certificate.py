@@ -145,6 +145,8 @@ def _residuals(
     length /= math.sqrt(sum(x.numel() for x in inputs.values()))
     largest = max(float(u.abs().max()) for probe in range(probes) for u in direction(probe).values())
     sizes = {k: point.sizes(k, largest * length * _OFFSETS[-1] / record.estimator.stencil.reach) for k in moved}
+    # elements that are NaN or infinite stay where they are: outputs that count do not depend on them
+    sizes = {k: torch.where(inputs[k].isfinite(), size, 0.0) for k, size in sizes.items()}
     gradient = {k: g.to(point.x[k].device).double() for k in moved if (g := found[k]) is not None}
     foretold: list[float] = []
 
@@ -156,7 +158,7 @@ def _residuals(
                 for k in inputs:
                     where[k].addcmul_(sizes[k], along[k], value=offset * length)
                 # what the gradient foretells is taken off at the points as they came out of rounding
-                shifts = ((g, where[k].double() - inputs[k].double()) for k, g in gradient.items())
+                shifts = ((g, (where[k].double() - inputs[k].double()).nan_to_num_(0.0)) for k, g in gradient.items())
                 foretold.append(sum(float((g * shift).sum()) for g, shift in shifts))
                 yield where
 

@@ -144,6 +144,8 @@ def _compared(
 ) -> str | None:
     estimator = point.record.estimator
     x = float(point.x[k][index])
+    if not math.isfinite(x):
+        return None
     sizes, one_sided = estimator.step_size.each(point.x[k], estimator.stencil, point.eps, position)
     stencil = estimator.stencil
     if one_sided is not None and bool(one_sided[index]):
@@ -153,7 +155,7 @@ def _compared(
         stencil = stencil.mirrored()
     reach = max(0.3 * abs(x), min(0.3, 0.3 * h / point.eps ** (1 / (stencil.order + 1))))
     top = int(math.log(max(reach / h, 1.0), _FACTOR))
-    if top < 1 or not math.isfinite(x):
+    if top < 1:
         return None
     noise = 4 * point.eps * stencil.amplification / h
     noise *= sum(float((v.abs() * point.first.tensors[n].abs().nan_to_num(0, 0, 0)).sum()) for n, v in used)
@@ -343,6 +345,7 @@ def _along(point: Point, k: int, index: tuple[int, ...], used: Sequence[tuple[in
     moves[index] = True
 
     def weigh(outputs: Sequence[Tensor]) -> float:
-        return sum(float((v * outputs[n].double()).sum()) for n, v in used)
+        # an output that does not count may be NaN
+        return sum(float((v * outputs[n].double())[v != 0].sum()) for n, v in used)
 
     return Along(point, k, moves, weigh, "moved further, to compare steps")

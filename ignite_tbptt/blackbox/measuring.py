@@ -155,7 +155,8 @@ def _suits(point: Point, k: int, found: Measurement) -> bool:
 
 def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurement:
     columns = rows_of(tuple(point.x[k].shape), _dim(point.record, k)).split(point.x[k].detach())
-    line, around = _Line(point, k, column), float(columns[:, column].abs().max())
+    line, some = _Line(point, k, column), columns[:, column]
+    around = max(some[some.isfinite()].abs().tolist(), default=0.0)
     noise = (step.noise or point.record.facts.jump) * line.spread
     noise = noise or noise_level(line.at, around or 1.0, point.eps, 0.5)
     # what rounding does to values of this size where it happens not to show; of those nearby where f(x) is 0
@@ -167,7 +168,7 @@ def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurem
 
 
 class _Line(Along):
-    """The outputs with random weights when one column of an input moves, in all rows."""
+    """The outputs that are finite at x, with random weights, when one column of an input moves, in all rows."""
 
     def __init__(self, point: Point, k: int, column: int) -> None:
         layout = rows_of(tuple(point.x[k].shape), _dim(point.record, k))
@@ -175,9 +176,11 @@ class _Line(Along):
         moves[:, column] = True
         generator = torch.Generator().manual_seed(0)
         weights = [torch.rand(y.shape, generator=generator, dtype=torch.float64).add_(0.5) for y in point.values]
+        finite = [y.isfinite().cpu() for y in point.values]
 
         def parts(outputs: Sequence[Tensor]) -> list[Tensor]:
-            return [w * outputs[n].double().cpu() for w, n in zip(weights, point.floats, strict=True)]
+            weighed = (w * outputs[n].double().cpu() for w, n in zip(weights, point.floats, strict=True))
+            return [torch.where(here, part, 0.0) for here, part in zip(finite, weighed, strict=True)]
 
         def weigh(outputs: Sequence[Tensor]) -> float:
             return sum(float(part.sum()) for part in parts(outputs))

@@ -110,7 +110,7 @@ def _rows(point: Point) -> None:
             if not same_bits(now, was):
                 if record.options.repeatable:
                     _repeat(point)
-                elif bool(((now - was).abs() <= _SCATTERED * scatter[k]).all()):
+                elif _are_near(now, was, _SCATTERED * scatter[k]):
                     _refuse_lost_in_noise(point, scatter[k], out.tensors[k] - point.first.tensors[k])
                     continue
                 raise BlackboxError(
@@ -140,7 +140,12 @@ def _scatter(point: Point) -> dict[int, float]:
     again = [[x.clone() for x in point.x] for _ in range(_REPEATED)]
     found = [each.tensors for each in evaluate_all(point, again, "at x once more, to see its noise")]
     values = {k: torch.stack([point.first.tensors[k], *(each[k] for each in found)]) for k in point.floats}
-    return {k: float((same.amax(0) - same.amin(0)).max()) for k, same in values.items()}
+    return {k: float((same.amax(0) - same.amin(0)).nan_to_num(0, 0, 0).max()) for k, same in values.items()}
+
+
+def _are_near(one: Tensor, other: Tensor, distance: float) -> bool:
+    same = (one == other) | (one.isnan() & other.isnan())
+    return bool((same | ((one - other).abs() <= distance)).all())
 
 
 def verify_pattern(point: Point, colored: Sequence[tuple[ColoredMoves, Tensor]]) -> None:

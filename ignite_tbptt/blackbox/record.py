@@ -202,7 +202,13 @@ class Record:
     def remember(self, tensors: Sequence[Tensor]) -> None:
         """Keep what a backward needs."""
         self.tensors = [tensor.detach() for tensor in tensors]
-        self.versions = [tensor._version for tensor in tensors]
+        try:
+            self.versions = [tensor._version for tensor in tensors]
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"an argument of {self.flat.label} was made under torch.inference_mode(), and autograd cannot hold it: "
+                "pass its clone(), or make it under torch.no_grad()"
+            ) from error
         self.number = self.facts.next_number()
 
     @property

@@ -415,9 +415,22 @@ def _check_finite(
     for out, cotangent in zip(outputs, cotangents, strict=True):
         lost = out.isnan() & (cotangent != 0)
         if bool(lost.any()):
+            _refuse_infinite_inputs(record)
             moves = slope.moves
             text = moves.describe(int(lost.nonzero()[0, 0]), moves.stencil.evaluated[-1])
             raise BlackboxError(
                 f"{label} is NaN or infinite {slope.sides} with {text}; choose a smaller step, or BoundedStep to keep "
                 "x inside the domain"
+            )
+
+
+def _refuse_infinite_inputs(record: Record) -> None:
+    for k, x in enumerate(record.tensors):
+        wrong = ~torch.isfinite(x)
+        if record.needed[k] and bool(wrong.any()):
+            index = tuple(wrong.nonzero()[0].tolist())
+            raise BlackboxError(
+                f"{record.flat.name(k)} of {record.flat.label} is {float(x[index])} at element {index}, and no step "
+                "leads away from there: there is no difference to take; mask such elements before the call, or detach "
+                "them"
             )

@@ -316,7 +316,7 @@ def steps_around(
             f"{_spelled(worst, x)} of differentiated tensor {position}, where {float(wanted.reshape(-1)[worst]):.3g} "
             "is needed: they move all elements at once, to both sides; use Coordinates(), which turn round"
         )
-    return torch.minimum(wanted, fitting)
+    return torch.fmin(wanted, fitting)  # of an element that is NaN there is no room to speak of
 
 
 def _room(step_size: StepSize, x: Tensor, position: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,126 @@
+"""Elements that are NaN or infinite, padding say: what counts is right, and what cannot be is said by name."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ignite_tbptt.blackbox import (
+    BlackboxError,
+    CentralDifference,
+    Estimator,
+    ForwardDifference,
+    GuidedDirections,
+    MeasuredStep,
+    Orthogonal,
+    blackbox,
+)
+
+PADDING = [math.nan, math.inf, -math.inf]
+COUNTS = torch.tensor([True, True, False, True])[:, None]
+MEASURED = MeasuredStep()
+
+
+def padded(padding: float) -> Tensor:
+    rows = [[0.5, 1.2], [0.9, 1.7], [padding, padding], [1.3, 0.4]]
+    return torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+
+
+def error(fn: Any, padding: float, **options: Any) -> tuple[float, Any]:
+    """How far the gradient of sin(x) x is off where it counts; where it does not, it must be 0."""
+    x, f = padded(padding), blackbox(fn, numpy=True, in_dims=0, **options)
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore")
+        torch.where(COUNTS, f(x), 0.0).sum().backward()
+    true = torch.where(COUNTS, x.sin() + x * x.cos(), 0.0).detach()
+    assert x.grad is not None
+    assert torch.equal(x.grad[2], torch.zeros(2, dtype=torch.float64))
+    return float((x.grad - true).abs().max()), f
+
+
+def smooth(x: Any) -> Any:
+    return np.sin(x) * x
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize(
+    ("estimator", "within"),
+    [
+        (CentralDifference(), 1e-9),
+        (ForwardDifference(), 1e-6),
+        (CentralDifference(step_size=MEASURED), 1e-9),
+        (CentralDifference(step_size=MeasuredStep(per_element=True)), 1e-9),
+        (Estimator(directions=Orthogonal(2), step_size=MEASURED), 1e-9),
+        (Estimator(directions=GuidedDirections(3), step_size=MEASURED), 1e-9),
+    ],
+)
+def test_rows_that_do_not_count_change_nothing(padding: float, estimator: Estimator, within: float) -> None:
+    found, _ = error(smooth, padding, estimator=estimator)
+    assert found < within
+
+
+@pytest.mark.parametrize("padding", PADDING)
+def test_a_coarse_function_is_found_out_beside_padding(padding: float) -> None:
+    # the noise of four decimals, 3e-5, gives (noise)^(2/3) = 1e-3; a step that does not see it is off by 1
+    found, f = error(lambda x: np.round(smooth(x), 4), padding)
+    assert found < 1e-2
+    assert f._facts.measures
+
+
+@pytest.mark.parametrize("padding", PADDING)
+def test_noise_beside_padding_is_no_coupling_of_rows(padding: float) -> None:
+    generator = np.random.default_rng(0)
+    found, _ = error(lambda x: smooth(x) + 1e-5 * generator.standard_normal(x.shape), padding, repeatable=False)
+    assert found < 1e-2
+
+
+def test_a_row_that_turns_nan_by_another_is_coupled() -> None:
+    generator = np.random.default_rng(0)
+
+    def coupled(x: Any) -> Any:
+        y = smooth(x) + 1e-9 * generator.standard_normal(x.shape)
+        return np.where(x[:1] == 0.5, y, np.nan)
+
+    x = torch.tensor([[0.5], [0.9]], dtype=torch.float64, requires_grad=True)
+    f = blackbox(coupled, numpy=True, in_dims=0, repeatable=False)
+    with pytest.raises(BlackboxError, match="are independent, but moving row 0 changed the outputs of other rows"):
+        f(x).sum().backward()
+
+
+@pytest.mark.parametrize("padding", PADDING)
+def test_a_certificate_is_of_what_counts(padding: float) -> None:
+    found, f = error(smooth, padding, certify=1)
+    assert found < 1e-9
+    assert f.certificate is not None
+    assert f.certificate.relative < 1e-9
+
+
+@pytest.mark.parametrize("step", [None, MEASURED])
+@pytest.mark.parametrize("in_dims", [None, 0])
+@pytest.mark.parametrize(("value", "spelled"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_an_input_that_no_step_leads_away_from(step: Any, in_dims: Any, value: float, spelled: str) -> None:
+    def saturated(x: Any) -> Any:
+        return np.arctan(np.nan_to_num(x))
+
+    x = torch.tensor([1.0, value], dtype=torch.float64, requires_grad=True)
+    f = blackbox(saturated, numpy=True, in_dims=in_dims, estimator=CentralDifference(step_size=step))
+    with pytest.raises(BlackboxError, match=rf"^x of saturated is {spelled} at element \(1,\), and no step leads away"):
+        f(x).sum().backward()
+
+
+def test_an_input_from_inference_mode_is_named() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    with torch.inference_mode():
+        x = torch.ones(3)
+    f = blackbox(lambda x, w: (x * w).sum(), numpy=True)
+    with pytest.raises(RuntimeError, match=r"an argument of <lambda> was made under torch\.inference_mode\(\).*clone"):
+        f(x, weight)
+    f(x.clone(), weight).backward()
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, x)
