@@ -102,7 +102,8 @@ class Line:
             )
         self._seed = seed
         self.dtype = max((tensors[k].dtype for k in self._moved), key=lambda dtype: torch.finfo(dtype).eps)
-        largest = max(float(tensors[k].detach().abs().max()) for k in self._moved)
+        finite = (tensors[k].detach()[tensors[k].isfinite()].abs() for k in self._moved)
+        largest = max((float(some.max()) for some in finite if some.numel()), default=0.0)
         self.scale = 2.0 ** round(math.log2(largest)) if largest else 1.0
         self.streams = RandomStreams.now()
         self._weights: list[Tensor] | None = None

@@ -20,6 +20,8 @@ from ignite_tbptt.blackbox import (
     MeasuredStep,
     Orthogonal,
     blackbox,
+    estimate_noise,
+    step_sweep,
 )
 
 PADDING = [math.nan, math.inf, -math.inf]
@@ -112,6 +114,15 @@ def test_an_input_that_no_step_leads_away_from(step: Any, in_dims: Any, value: f
     f = blackbox(saturated, numpy=True, in_dims=in_dims, estimator=CentralDifference(step_size=step))
     with pytest.raises(BlackboxError, match=rf"^x of saturated is {spelled} at element \(1,\), and no step leads away"):
         f(x).sum().backward()
+
+
+@pytest.mark.parametrize("value", PADDING)
+def test_noise_and_steps_are_not_measured_where_the_function_is_not_finite(value: float) -> None:
+    x = torch.tensor([1.0, value], dtype=torch.float64)
+    for measure in (estimate_noise, step_sweep):
+        with pytest.raises(BlackboxError, match="square is NaN or infinite at the inputs"):
+            measure(np.square, x, numpy=True)
+        measure(lambda x: np.sin(np.where(np.isfinite(x), x, 0.0)), x, numpy=True)
 
 
 def test_an_input_from_inference_mode_is_named() -> None:
