@@ -347,7 +347,7 @@ def _slopes_of(job: Job, values: Sequence[Tensor]) -> _Slopes:
 def _inside(point: Point, moves: Moves) -> bool:
     step_size, block = point.record.estimator.step_size, moves.block
     parts = zip(block.positions, block.apart(moves.points(0, moves.count)), strict=True)
-    return all(torch.equal(step_size.inside(part, position), part) for position, part in parts)
+    return all(bool(((step_size.inside(part, at) == part) | part.isnan()).all()) for at, part in parts)
 
 
 def _contracted(record: Record, held: _Held, slopes: Any, many: Sequence[Cotangents]) -> list[list[Tensor | None]]:

@@ -67,6 +67,18 @@ def test_rows_that_do_not_count_change_nothing(padding: float, estimator: Estima
     assert found < within
 
 
+def test_the_other_side_is_looked_at_beside_padding() -> None:
+    x = torch.tensor([1 - 1e-10, math.nan], dtype=torch.float64, requires_grad=True)
+    f = blackbox(np.arcsin, numpy=True, in_dims=0, estimator=ForwardDifference())
+    with np.errstate(invalid="ignore"):
+        f(x)[0].backward()
+    assert x.grad is not None
+    # one-sided at a distance h from x, where f'' = x / (1 - x^2)^(3/2) is huge: the step is 1.5e-8
+    edge = np.float64(1 - 1e-10)
+    assert float(x.grad[0]) == pytest.approx((np.arcsin(edge) - np.arcsin(edge - 2.0**-26)) / 2.0**-26, rel=1e-6)
+    assert float(x.grad[1]) == 0.0
+
+
 @pytest.mark.parametrize("padding", PADDING)
 def test_a_coarse_function_is_found_out_beside_padding(padding: float) -> None:
     # the noise of four decimals, 3e-5, gives (noise)^(2/3) = 1e-3; a step that does not see it is off by 1
