@@ -158,7 +158,9 @@ class ColoredMoves(Moves):
         moves, shares = total
         weights = moves.stencil.evaluated_weights
         moved = torch.stack([moves.block.x[0] + offset * moves.steps for offset in moves.stencil.evaluated])
-        return (shares / weighted(wide(moved.unsqueeze(0)), moves.block.x[0], weights)[0]).unsqueeze(0)
+        steps = weighted(wide(moved.unsqueeze(0)), moves.block.x[0], weights)[0]
+        # an element that is NaN or infinite cannot move, and need not where nothing that counts depends on it
+        return torch.where(shares == 0, 0.0, shares / steps).unsqueeze(0)
 
     def mirrored(self, chosen: Sequence[int]) -> ColoredMoves:
         """See `Moves.mirrored`."""

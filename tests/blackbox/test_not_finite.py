@@ -19,6 +19,7 @@ from ignite_tbptt.blackbox import (
     GuidedDirections,
     MeasuredStep,
     Orthogonal,
+    banded,
     blackbox,
     estimate_noise,
     step_sweep,
@@ -113,6 +114,20 @@ def test_a_certificate_is_of_what_counts(padding: float) -> None:
     assert found < 1e-9
     assert f.certificate is not None
     assert f.certificate.relative < 1e-9
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("sparsity", ["elementwise", banded(1)])
+def test_colours_beside_padding(padding: float, sparsity: Any) -> None:
+    x = torch.tensor([0.5, 1.2, padding, 0.7], dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([True, True, False, True])
+    f = blackbox(smooth, numpy=True, estimator=CentralDifference(sparsity=sparsity), certify=1)
+    with np.errstate(invalid="ignore"):
+        torch.where(counts, f(x), 0.0).sum().backward()
+    true = torch.where(counts, x.sin() + x * x.cos(), 0.0).detach()
+    assert x.grad is not None
+    assert float((x.grad - true).abs().max()) < 1e-9
+    assert f.certificate is not None
 
 
 @pytest.mark.parametrize("step", [None, MEASURED])
