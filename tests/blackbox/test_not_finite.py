@@ -70,7 +70,7 @@ def test_rows_that_do_not_count_change_nothing(padding: float, estimator: Estima
 
 def test_the_other_side_is_looked_at_beside_padding() -> None:
     x = torch.tensor([1 - 1e-10, math.nan], dtype=torch.float64, requires_grad=True)
-    f = blackbox(np.arcsin, numpy=True, in_dims=0, estimator=ForwardDifference())
+    f: Any = blackbox(np.arcsin, numpy=True, in_dims=0, estimator=ForwardDifference())
     with np.errstate(invalid="ignore"):
         f(x)[0].backward()
     assert x.grad is not None
