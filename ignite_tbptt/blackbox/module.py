@@ -9,10 +9,12 @@ Pairs with every estimator and executor; `handler` decides which modules are bou
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -32,7 +34,7 @@ from ignite_tbptt.blackbox.options import Certify, Options, make_options
 from ignite_tbptt.blackbox.reach import Reach
 from ignite_tbptt.blackbox.record import Record
 from ignite_tbptt.blackbox.report import report_of
-from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Executor
+from ignite_tbptt.blackbox.task import ALONE, EvaluationCount, Executor, is_on_stack
 from ignite_tbptt.random_streams import RandomStreams
 
 __all__ = ["Binding", "Blackbox", "bind", "bindings_of", "unbind"]
@@ -44,8 +46,9 @@ _STATE = "directions"
 
 @dataclass(frozen=True, eq=False)
 class _Begun:
-    """A forward that is under way: the state it began in and the inputs it was called with."""
+    """A forward that is under way: torch's call, the state it began in and the inputs it was called with."""
 
+    frame: FrameType
     captured: Captured
     streams: RandomStreams
     args: tuple[Any, ...]
@@ -103,6 +106,8 @@ class Binding:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The hook before a forward: hold the state it starts from, and hand the module copies of its inputs."""
         waiting = self._begun.setdefault((threading.get_ident(), id(module)), [])
+        if waiting:  # of a module inside itself, or of forwards that Ctrl-C ended: torch calls no hook then
+            waiting[:] = [one for one in waiting if one is None or is_on_stack(one.frame, sys._getframe())]
         if not (torch.is_grad_enabled() and self._in_charge(module)):
             waiting.append(None)
             return None
@@ -114,8 +119,9 @@ class Binding:
         captured = Captured(*ModuleState.of(module), module)
         self._warn_once_of_hidden_gradients(module, captured.state)
         copies = nest.map_tensors(torch.clone, args), nest.map_tensors(torch.clone, kwargs) if kwargs else {}
-        ALONE.acquire()  # until `finish`: nobody else draws random numbers meanwhile
-        waiting.append(_Begun(captured, RandomStreams.latest(), args, kwargs))
+        frame = sys._getframe(2)  # behind that of `outside_compiled_code`
+        ALONE.begin(frame)  # until `finish`: nobody else draws random numbers meanwhile
+        waiting.append(_Begun(frame, captured, RandomStreams.latest(), args, kwargs))
         return copies
 
     @outside_compiled_code
@@ -131,7 +137,7 @@ class Binding:
         try:
             return None if outputs is None else self._with_gradient(module, begun, args, kwargs, outputs)
         finally:
-            ALONE.release()
+            ALONE.end()
 
     def _with_gradient(
         self, module: nn.Module, begun: _Begun, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any

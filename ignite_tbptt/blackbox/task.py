@@ -9,8 +9,10 @@ and `SerialEvaluation` say the one, and take an executor for the other. Pairs wi
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import random
+import sys
 import threading
 import time
 import weakref
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor as Pool
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -36,6 +39,7 @@ __all__ = [
     "SerialEvaluation",
     "StackedEvaluation",
     "Task",
+    "is_on_stack",
     "require_executor",
     "run",
     "size_of",
@@ -60,18 +64,61 @@ class _Alone:
 
     def __init__(self) -> None:
         self._locks: dict[int, Any] = {0: threading.RLock()}
+        # what holds a lock from one hook to the next, by level: the thread, and the frame that calls both
+        self._calls: dict[int, list[tuple[int, FrameType]]] = {}
+        self._looking = threading.Lock()
 
-    def acquire(self) -> None:
+    def __enter__(self) -> None:
         level = _LEVEL.now
-        (self._locks.get(level) or self._locks.setdefault(level, threading.RLock())).acquire()
-
-    def release(self) -> None:
-        self._locks[_LEVEL.now].release()
-
-    __enter__ = acquire
+        lock = self._locks.get(level) or self._locks.setdefault(level, threading.RLock())
+        while not lock.acquire(timeout=_PATIENCE):
+            lock = self._instead_of(lock, level)
 
     def __exit__(self, *error: object) -> None:
-        self.release()
+        self._locks[_LEVEL.now].release()
+
+    def _instead_of(self, lock: Any, level: int) -> Any:
+        """The lock, or a new one where whoever holds it has left without a word."""
+        with self._looking:
+            calls = self._calls.get(level, ())
+            if self._locks[level] is lock and calls and not any(_is_running(*call) for call in calls):
+                self._locks[level], self._calls[level] = threading.RLock(), []
+            return self._locks[level]
+
+    def begin(self, frame: FrameType) -> None:
+        """Hold it until `end`, or until the frame is left without one: torch calls no hook after Ctrl-C."""
+        self.__enter__()
+        calls = self._calls.setdefault(_LEVEL.now, [])
+        while calls and not is_on_stack(calls[-1][1], sys._getframe()):
+            self.end()
+        calls.append((threading.get_ident(), frame))
+
+    def end(self) -> None:
+        """Hold it no more."""
+        self._calls[_LEVEL.now].pop()
+        self.__exit__()
+
+
+# So many seconds somebody waits before looking whether the one who is waited for is still there.
+_PATIENCE = 1.0
+
+
+def _is_running(thread: int, call: FrameType) -> bool:
+    """Whether a thread is inside of a call, or of a blackbox."""
+    stack = sys._current_frames().get(thread)
+    return is_on_stack(call, stack) or is_on_stack(None, stack)
+
+
+def is_on_stack(call: FrameType | None, stack: FrameType | None) -> bool:
+    """Whether a call, or one of this package where None is given, is among those that a stack consists of."""
+    while stack is not None:
+        if stack is call or (call is None and stack.f_code.co_filename.startswith(_HERE)):
+            return True
+        stack = stack.f_back
+    return False
+
+
+_HERE = os.path.dirname(__file__) + os.sep
 
 
 ALONE = _Alone()

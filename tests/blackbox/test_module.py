@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import random
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ignite_tbptt.blackbox import Blackbox, CentralDifference, bind, find_graph_cuts, unbind
 from ignite_tbptt.blackbox.errors import BlackboxError
+from ignite_tbptt.blackbox.module import bindings_of
 from ignite_tbptt.blackbox.task import EvaluationCount
 from tests.blackbox.cut_models import Cell, Nested, Through, assert_near, gradients, twins
 
@@ -662,3 +664,40 @@ def test_each_call_of_a_window_is_in_the_state_that_it_began_in() -> None:
             total = total + y.sum()
         found.append(torch.autograd.grad(total, x)[0])
     assert torch.allclose(found[0], found[1], rtol=1e-10)
+
+
+def test_a_forward_that_was_interrupted_holds_nobody_up() -> None:
+    class Interrupted(nn.Module):
+        interrupt = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.interrupt:
+                raise KeyboardInterrupt
+            return torch.from_numpy(x.detach().numpy() ** 2)
+
+    module = Interrupted()
+    found: list[Any] = []
+    remove = bind(module)
+    (binding,) = bindings_of(module)
+
+    def gradient() -> None:
+        x = torch.ones(2, requires_grad=True)
+        module(x).sum().backward()
+        found.append(x.grad)
+
+    for in_between in (False, True):
+        module.interrupt = True
+        with pytest.raises(KeyboardInterrupt):
+            module(torch.ones(2, requires_grad=True))
+        module.interrupt = False
+        if in_between:
+            gradient()
+        other = threading.Thread(target=gradient, daemon=True)
+        other.start()
+        other.join(60)
+        assert not other.is_alive()
+    assert len(found) == 3
+    assert all(torch.allclose(one, torch.full((2,), 2.0)) for one in found)
+    gradient()
+    assert not binding._begun  # nor are the inputs of interrupted forwards held
+    remove()
