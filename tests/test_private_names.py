@@ -9,6 +9,7 @@ import ast
 import inspect
 import random
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,6 +149,7 @@ CANARIES: dict[str, Callable[[], Any]] = {
     "_replace": lambda: True,  # of named tuples; documented
     "_inst": lambda: random._inst.gauss_next is random.getstate()[2],  # type: ignore[attr-defined]
     "_getframe": lambda: sys._getframe(0).f_code.co_name == "<lambda>",
+    "_current_frames": lambda: sys._current_frames()[threading.get_ident()].f_code.co_name == "<lambda>",
     "_pytree": lambda: torch.utils._pytree.tree_flatten((1, [2]))[0] == [1, 2],
 }
 

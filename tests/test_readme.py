@@ -19,7 +19,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for block in blocks:
         exec(block, namespace)
     told = capsys.readouterr().out
-    assert "cost: 8 evaluations" in told
+    assert "gradients: 1, by 8 evaluations" in told
 
 
 def test_the_links_lead_somewhere() -> None:

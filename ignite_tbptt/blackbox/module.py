@@ -55,6 +55,20 @@ class _Begun:
     kwargs: dict[str, Any]
 
 
+def _call_of_torch() -> FrameType:
+    """The call of a module that has called a hook, and will call the next; the outermost call where torch is not seen.
+
+    Between it and the hook is `outside_compiled_code`, and what torch.compile puts there.
+    """
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename != _TORCH_CALLS_FROM and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+_TORCH_CALLS_FROM = nn.modules.module.__file__
+
+
 class Binding:
     """Finite differences on one module, as a pair of forward hooks.
 
@@ -119,7 +133,7 @@ class Binding:
         captured = Captured(*ModuleState.of(module), module)
         self._warn_once_of_hidden_gradients(module, captured.state)
         copies = nest.map_tensors(torch.clone, args), nest.map_tensors(torch.clone, kwargs) if kwargs else {}
-        frame = sys._getframe(2)  # behind that of `outside_compiled_code`
+        frame = _call_of_torch()
         ALONE.begin(frame)  # until `finish`: nobody else draws random numbers meanwhile
         waiting.append(_Begun(frame, captured, RandomStreams.latest(), args, kwargs))
         return copies

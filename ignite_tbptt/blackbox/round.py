@@ -425,9 +425,10 @@ def _check_finite(
 
 
 def _refuse_infinite_inputs(record: Record) -> None:
-    for k, x in enumerate(record.tensors):
+    for k in [k for k, need in enumerate(record.needed) if need]:
+        x = record.tensors[k]
         wrong = ~torch.isfinite(x)
-        if record.needed[k] and bool(wrong.any()):
+        if bool(wrong.any()):
             index = tuple(wrong.nonzero()[0].tolist())
             raise BlackboxError(
                 f"{record.flat.name(k)} of {record.flat.label} is {float(x[index])} at element {index}, and no step "

@@ -95,8 +95,10 @@ class _Alone:
 
     def end(self) -> None:
         """Hold it no more."""
-        self._calls[_LEVEL.now].pop()
-        self.__exit__()
+        calls = self._calls[_LEVEL.now]
+        if calls and calls[-1][0] == threading.get_ident():
+            calls.pop()
+            self.__exit__()
 
 
 # So many seconds somebody waits before looking whether the one who is waited for is still there.

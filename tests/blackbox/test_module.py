@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ignite_tbptt.blackbox import Blackbox, CentralDifference, bind, find_graph_cuts, unbind
 from ignite_tbptt.blackbox.errors import BlackboxError
 from ignite_tbptt.blackbox.module import bindings_of
-from ignite_tbptt.blackbox.task import EvaluationCount
+from ignite_tbptt.blackbox.task import ALONE, EvaluationCount
 from tests.blackbox.cut_models import Cell, Nested, Through, assert_near, gradients, twins
 
 LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
@@ -701,3 +701,27 @@ def test_a_forward_that_was_interrupted_holds_nobody_up() -> None:
     gradient()
     assert not binding._begun  # nor are the inputs of interrupted forwards held
     remove()
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_module_inside_another_and_inside_itself(depth: int) -> None:
+    class Inside(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.detach().numpy() ** 2)
+
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = Inside()
+
+        def forward(self, x: Tensor, depth: int) -> Any:
+            return self(x, depth - 1) if depth else torch.from_numpy(3 * self.inside(x).detach().numpy())
+
+    module = Outside()
+    bind(module)
+    bind(module.inside)
+    x = torch.ones(2, requires_grad=True)
+    module(x, depth).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, torch.full((2,), 6.0))
+    assert not any(ALONE._calls.values())  # what each forward held it has let go of
