@@ -71,8 +71,9 @@ class _Alone:
     def __enter__(self) -> None:
         level = _LEVEL.now
         lock = self._locks.get(level) or self._locks.setdefault(level, threading.RLock())
-        while not lock.acquire(timeout=_PATIENCE):
-            lock = self._instead_of(lock, level)
+        if not lock.acquire(False):  # a time-out is looked at by the lock even where it is free
+            while not lock.acquire(timeout=_PATIENCE):
+                lock = self._instead_of(lock, level)
 
     def __exit__(self, *error: object) -> None:
         self._locks[_LEVEL.now].release()
