@@ -116,6 +116,36 @@ def test_a_certificate_is_of_what_counts(padding: float) -> None:
     assert f.certificate.relative < 1e-9
 
 
+@pytest.mark.parametrize("padding", [*PADDING, 1e3])
+@pytest.mark.parametrize("per_element", [False, True])
+@pytest.mark.parametrize("first", [0, 4])
+def test_where_all_is_padding_no_step_is_measured(padding: float, per_element: bool, first: int) -> None:
+    # Of a window the last step is measured, and all of its rows are padding: saturated, or not finite.
+    inputs = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
+    inputs[first + 1 :] = padding
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    estimator = CentralDifference(step_size=MeasuredStep(per_element=per_element))
+    f: Any = blackbox(lambda x, h, w: np.tanh(x * w + h), numpy=True, in_dims=(0, 0, None), estimator=estimator)
+
+    def loss(step: Any, weight: Tensor) -> Tensor:
+        state = total = torch.zeros(4, dtype=torch.float64)
+        for x in inputs:
+            found, counts = step(x, state, weight), (x.abs() <= 1).all()
+            state = torch.where(counts, found, state)
+            total = total + torch.where(counts, found, 0.0)
+        return total.sum()
+
+    for _ in range(2):
+        weight.grad = None
+        with np.errstate(invalid="ignore"):
+            loss(f, weight).backward()
+        same = weight.detach().requires_grad_()
+        loss(lambda x, h, w: torch.tanh(torch.where(x.abs() <= 1, x, 0.0) * w + h), same).backward()
+        assert weight.grad is not None
+        assert same.grad is not None
+        assert float(weight.grad) == pytest.approx(float(same.grad), rel=1e-8)
+
+
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("sparsity", ["elementwise", banded(1)])
 def test_colours_beside_padding(padding: float, sparsity: Any) -> None:
