@@ -159,6 +159,7 @@ def _compared(
         return None
     noise = 4 * point.eps * stencil.amplification / h
     noise *= sum(float((v.abs() * point.first.tensors[n].abs().nan_to_num(0, 0, 0)).sum()) for n, v in used)
+    noise = max(noise, 4 * _measured_noise(point, position, used) * stencil.amplification / h)
     step_size = unbounded(estimator.step_size, position)
     tolerance = _TOLERANCE if stencil.is_two_sided else _ONE_SIDED_TOLERANCE
     if not isinstance(step_size, RelativeStep) or step_size.factor is not None:
@@ -195,6 +196,13 @@ def _compared(
     else:
         told += f"average over the jumps, with GaussianSmoothing(n, sigma={h * float(_FACTOR) ** top:.2g}) say"
     return f"{told}; step_sweep({point.flat.label}, ...) shows the error against the step"
+
+
+def _measured_noise(point: Point, position: int, used: Sequence[tuple[int, Tensor]]) -> float:
+    """Of the weighted outputs, as it was seen when a step was measured; 0 where none was."""
+    found = point.record.facts.measurements.get(point.record.inputs_key, {}).get(position)
+    numbers = sum(value.numel() for value in point.values)
+    return found[0].step.noise * math.sqrt(sum(float((v * v).sum()) for _, v in used) / numbers) if found else 0.0
 
 
 def _if_zero(line: _Line, point: Point, k: int, element: str, reach: float) -> str | None:

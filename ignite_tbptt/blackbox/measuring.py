@@ -28,6 +28,9 @@ __all__ = ["Measurement", "measure_steps"]
 # Of an input so many elements are tried, until one changes the outputs. A step moves x by so many roundings at least.
 _ELEMENTS, _ROUNDINGS = 3, 64
 
+# Of what changes by less than so many times the noise, at the longest step, nothing is seen.
+_UNSEEN = 8
+
 
 class Measurement(NamedTuple):
     """What was measured of an input.
@@ -165,9 +168,11 @@ def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurem
     stencil = point.record.asked.stencil
     found = find_step(line.at, stencil, noise, size, _ROUNDINGS * point.eps * around)
     change = line(found.h) - line(-found.h if stencil.is_two_sided else 0.0)
-    if not found.accepted and abs(change) <= 4 * found.noise:
+    if found.h > size / 2 and abs(change) <= _UNSEEN * found.noise:
         # Nothing is seen of the function here, as where all rows are padding: elsewhere the longest step is too long.
-        found = found._replace(h=float(RelativeStep().each(some.new_tensor([size]), stencil, point.eps).sizes))
+        eps = min(1.0, max(point.eps, noise / (line.size or 1.0)))
+        h = float(RelativeStep().each(some.new_tensor([size]), stencil, eps).sizes)
+        found = found._replace(h=h, accepted=False)
     return Measurement(column, found, size)
 
 

@@ -146,6 +146,25 @@ def test_where_all_is_padding_no_step_is_measured(padding: float, per_element: b
         assert float(weight.grad) == pytest.approx(float(same.grad), rel=1e-8)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_where_only_noise_is_seen_the_longest_step_is_not_taken(seed: int) -> None:
+    # Both calls share their steps, and the later one, which is saturated, is measured.
+    generator = np.random.default_rng(seed)
+    f: Any = blackbox(
+        lambda x, w: np.tanh(x * w) + 1e-7 * generator.standard_normal(x.shape),
+        numpy=True,
+        repeatable=False,
+        estimator=CentralDifference(step_size=MEASURED),
+    )
+    x = torch.linspace(-1, 1, 4, dtype=torch.float64)
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    (f(x, weight) * x + f(torch.full_like(x, 1e3), weight)).sum().backward()
+    true = (x * x / torch.cosh(x * weight.detach()) ** 2).sum()
+    assert weight.grad is not None
+    # noise^(2/3) is 2e-5; at the longest step, 1, the truncation is 0.2
+    assert float(weight.grad) == pytest.approx(float(true), rel=1e-3)
+
+
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("sparsity", ["elementwise", banded(1)])
 def test_colours_beside_padding(padding: float, sparsity: Any) -> None:
