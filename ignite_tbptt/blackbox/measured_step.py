@@ -31,6 +31,9 @@ _GROWTH, _MOST_GROWTH = 16, 2**32
 # So often a step is guessed from a ratio that is too large; of a jump the guesses are wrong.
 _GUESSES = 4
 
+# Twice as far away, the difference that a kink makes is more than so many times as large; that of a jump is not.
+_BENDS = 4
+
 _MOST = 60  # ratios that a search may take; 4 to 15 are usual
 
 
@@ -148,8 +151,8 @@ def find_step(values: Values, stencil: Stencil, noise: float, largest: float, sm
             upper = h
             jump = difference if math.isfinite(difference) else jump
         if 0 < lower < upper < 1.2 * lower or upper <= smallest:
-            if not jump:
-                return FoundStep(lower or h, noise, False)
+            if not jump or (lower and abs(_weighted(values, weights, in_few_bits(2 * upper))) > _BENDS * jump):
+                return FoundStep(lower or h, noise, False)  # a kink, beyond which truncation goes on growing
             # from nothing to a lot within a few per cent: a jump, which is the noise that counts
             noise, h = 2 * max(noise, jump), first
             lower, upper, jump, guesses, growth = 0.0, math.inf, 0.0, _GUESSES, _GROWTH

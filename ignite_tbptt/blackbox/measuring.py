@@ -21,6 +21,7 @@ from ignite_tbptt.blackbox.measured_step import FoundStep, MeasuredStep, find_st
 from ignite_tbptt.blackbox.noise import noise_level
 from ignite_tbptt.blackbox.point import Point
 from ignite_tbptt.blackbox.record import Record
+from ignite_tbptt.blackbox.stencil import Stencil
 from ignite_tbptt.blackbox.step_size import BoundedStep, PerInputStep, RelativeStep, StepSize
 
 __all__ = ["Measurement", "measure_steps"]
@@ -30,6 +31,9 @@ _ELEMENTS, _ROUNDINGS = 3, 64
 
 # Of what changes by less than so many times the noise, at the longest step, nothing is seen.
 _UNSEEN = 8
+
+# Slopes that noise explains are no more than so many times as far apart.
+_STRAIGHT = 16
 
 
 class Measurement(NamedTuple):
@@ -157,8 +161,7 @@ def _suits(point: Point, k: int, found: Measurement) -> bool:
 
 def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurement:
     columns = rows_of(tuple(point.x[k].shape), _dim(point.record, k)).split(point.x[k].detach())
-    line, some = _Line(point, k, column), columns[:, column]
-    around = max(some[some.isfinite()].abs().tolist(), default=0.0)
+    line, around = _Line(point, k, column), float(columns[:, column].nan_to_num(0.0, 0.0, 0.0).abs().max())
     noise = (step.noise or point.record.facts.jump) * line.spread
     noise = noise or noise_level(line.at, around or 1.0, point.eps, 0.5)
     # what rounding does to values of this size where it happens not to show; of those nearby where f(x) is 0
@@ -168,21 +171,34 @@ def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurem
     stencil = point.record.asked.stencil
     found = find_step(line.at, stencil, noise, size, _ROUNDINGS * point.eps * around)
     change = line(found.h) - line(-found.h if stencil.is_two_sided else 0.0)
-    if found.h > size / 2 and abs(change) <= _UNSEEN * found.noise:
-        # Nothing is seen of the function here, as where all rows are padding: elsewhere the longest step is too long.
-        eps = min(1.0, max(point.eps, noise / (line.size or 1.0)))
-        h = float(RelativeStep().each(some.new_tensor([size]), stencil, eps).sizes)
+    unseen = found.h > size / 2 and abs(change) <= _UNSEEN * found.noise
+    noise = noise if unseen else found.noise
+    # what suits such noise of a function whose scale is that of x
+    eps = min(1.0, max(point.eps, noise / (line.size or 1.0)))
+    h = float(RelativeStep().each(columns.new_tensor([size]), stencil, eps).sizes)
+    longest = found.h / size * max(1.0, float(columns.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    if found.h > 2 * h and (unseen or not _is_straight(_Line(point, k, None), stencil, longest, h, noise)):
+        # Nothing is seen of the function here, as where all rows are padding, or elsewhere that step is too long.
         found = found._replace(h=h, accepted=False)
     return Measurement(column, found, size)
 
 
-class _Line(Along):
-    """The outputs that are finite at x, with random weights, when one column of an input moves, in all rows."""
+def _is_straight(line: _Line, stencil: Stencil, long: float, short: float, noise: float) -> bool:
+    """Whether the slope of all elements together is the same at a long step as at a short one, up to noise."""
+    slopes = [
+        sum(w * value for w, value in zip(stencil.weights, line.at([o * h for o in stencil.offsets]), strict=True)) / h
+        for h in (long, short)
+    ]
+    return abs(slopes[0] - slopes[1]) <= _STRAIGHT * noise * stencil.amplification / short
 
-    def __init__(self, point: Point, k: int, column: int) -> None:
+
+class _Line(Along):
+    """The outputs that are finite at x, with random weights, when one column of an input, or all, move in all rows."""
+
+    def __init__(self, point: Point, k: int, column: int | None) -> None:
         layout = rows_of(tuple(point.x[k].shape), _dim(point.record, k))
         moves = layout.split(torch.zeros_like(point.x[k], dtype=torch.bool)).clone()
-        moves[:, column] = True
+        moves[:, slice(None) if column is None else column] = True
         generator = torch.Generator().manual_seed(0)
         weights = [torch.rand(y.shape, generator=generator, dtype=torch.float64).add_(0.5) for y in point.values]
         finite = [y.isfinite().cpu() for y in point.values]

@@ -183,7 +183,9 @@ def _noise(values: Values, scale: float, eps: float, power: float) -> tuple[floa
     while spacing < scale:
         ahead, middle, behind = values([3 * spacing, 0.0, -3 * spacing])
         found = [] if ahead == middle == behind else values([(k - 3) * spacing for k in range(7)])
-        levels = _levels(found)
+        # beyond a plateau that ends to one side alone the function is bent; noise and quanta are to both
+        one_sided = plateau and (len(set(found[:4])) == 1 or len(set(found[3:])) == 1)
+        levels = None if one_sided else _levels(found)
         if plateau or levels is None:
             quantum = min([quantum, *(gap for a, b in itertools.pairwise(found) if (gap := abs(a - b)) > 0)])
         if levels is None:

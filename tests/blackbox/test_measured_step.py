@@ -342,3 +342,39 @@ def test_a_report_tells_the_step_the_cost_and_what_was_verified() -> None:
     module(torch.ones(2, requires_grad=True)).sum().backward()
     assert "sparsity: columns that share no output" in module.report()
     assert module.report().startswith("Linear, by Coordinates")
+
+
+# Straight pieces: no step shows truncation along one element, while the others are next to a kink.
+
+PIECES: dict[str, tuple[Any, Any]] = {
+    "relu": (lambda x: np.maximum(x, 0.0), lambda x: (x > 0).double()),
+    "abs": (np.abs, torch.sign),
+    "clip": (lambda x: np.clip(x, -1.0, 1.5), lambda x: ((x > -1) & (x < 1.5)).double()),
+    "leaky": (lambda x: np.where(x > 0, x, 0.1 * x), lambda x: 0.1 + 0.9 * (x > 0).double()),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("options", [{}, {"per_element": True}, {"in_dims": 0}], ids=str)
+def test_a_straight_piece_does_not_make_the_step_long(name: str, options: dict[str, Any]) -> None:
+    fn, derivative = PIECES[name]
+    estimator = CentralDifference(step_size=MeasuredStep(per_element=options.get("per_element", False)))
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x = (4 * torch.rand(6, generator=generator, dtype=torch.float64) - 2).requires_grad_()
+        blackbox(fn, numpy=True, estimator=estimator, in_dims=options.get("in_dims"))(x).sum().backward()
+        assert x.grad is not None
+        assert float((x.grad - derivative(x.detach())).abs().max()) <= 1e-9
+
+
+def test_a_long_step_along_one_element_is_not_taken_for_a_steep_one() -> None:
+    x = torch.tensor([0.3, 0.3, 0.3, 0.3], dtype=torch.float64, requires_grad=True)
+    for place in range(4):  # whichever is measured
+        rates = np.full(4, 1e-6)
+        rates[place] = 100.0
+        estimator = CentralDifference(step_size=MeasuredStep())
+        f: Any = blackbox(lambda x, rates=rates: np.sin(rates * x) / rates, numpy=True, estimator=estimator)
+        (found,) = torch.autograd.grad(f(x).sum(), x)
+        true = torch.cos(torch.from_numpy(rates) * x.detach())
+        # by the default step the truncation is (100 h)^2 / 6 = 6e-8
+        assert float((found - true).abs().max()) <= 1e-6
