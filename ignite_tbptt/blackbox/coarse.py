@@ -31,8 +31,10 @@ from ignite_tbptt.warn import warn
 
 __all__ = ["compare_steps"]
 
-# How many elements are tried at the first gradient; later one each time, another than before.
-_SAMPLE = 2
+# How many elements are tried at the first gradient; later one each time, another than before. One that changes nothing
+# tells nothing: at the first gradient others take its place, up to so many times the sample.
+_SAMPLE, _TURNS = 2, 4
+_FLAT = ""
 _FACTOR = 8
 # Neighbours to each side that are looked at for jumps.
 _AROUND, _HALVED = 16, 12
@@ -88,8 +90,9 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
     if not needed or not used:
         return
     before, drawn = RandomStreams.latest(), record.count.drawn
-    wanted = min(_SAMPLE, sum(point.x[k].numel() for k in needed)) if first else 1
-    for turn in range(record.number, record.number + wanted):
+    elements = sum(point.x[k].numel() for k in needed)
+    wanted, turns = (_SAMPLE, min(_SAMPLE * _TURNS, elements)) if first else (1, 1)
+    for turn in range(record.number, record.number + turns):
         k = needed[turn % len(needed)]
         position = sum(record.needed[:k])
         if ("coarse", k) in record.facts.told:
@@ -97,7 +100,8 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
         element = (turn // len(needed) * 0x9E3779B1) % point.x[k].numel()
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(element), point.x[k].shape))
         message = _compared(point, k, position, index, used)
-        if message is not None:
+        wanted -= message != _FLAT
+        if message:
             if not record.draws and record.count.drew_since(drawn, before):
                 # Away from x it draws random numbers, which were not common here: again, when they are.
                 record.facts.forget(key_of(record))
@@ -111,6 +115,8 @@ def compare_steps(point: Point, cotangents: Sequence[Tensor | None], first: bool
                 measure_steps(record, True)
                 message = _compared(point, k, position, index, used) or _told_of_jumps(point, k, position, index)
             warn(message, UntrustedGradientWarning)
+        if not wanted:
+            break
 
 
 def _step(point: Point, k: int, position: int, index: tuple[int, ...]) -> float:
@@ -168,7 +174,7 @@ def _compared(
     quick = line.slopes(sorted({0, min(2, top), min(4, top)}))
     element = f"element {index} of {point.flat.name(k)}"
     if not any(slope for slope in quick if math.isfinite(slope)):
-        return _if_zero(line, point, k, element, max(1.0, abs(x)))
+        return _if_zero(line, point, k, element, max(1.0, abs(x))) or _FLAT
     if all(line.agree(quick[0], slope) for slope in quick[1:] if math.isfinite(slope)):
         return None
     slopes = line.slopes(range(top + 1))
