@@ -83,8 +83,8 @@ class TestRepeatable:
             grad(blackbox(f, numpy=True, repeatable=False, estimator=CentralDifference())(x), x)
         with pytest.warns(UntrustedGradientWarning, match="its steps were measured"):
             found = grad(blackbox(f, numpy=True, repeatable=False)(x), x)
-        # A search starts at 2 (1e-3)^(1/3) = 0.2, for x = 2, and noise alone may end it there. For x = 1 the step is half
-        # of that, and the noise of the slope 1e-3 sqrt(2) / (2 0.1) = 7e-3: five of these.
+        # A search starts at 2 (1e-3)^(1/3) = 0.2, for x = 2, and noise alone may end it there. For x = 1 the step is
+        # half of that, and the noise of the slope 1e-3 sqrt(2) / (2 0.1) = 7e-3: five of these.
         assert torch.allclose(found, torch.full_like(x, 2.0), rtol=0, atol=3.5e-2)
 
     @pytest.mark.parametrize("seed", range(5))
