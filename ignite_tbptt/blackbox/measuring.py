@@ -32,8 +32,8 @@ _ELEMENTS, _ROUNDINGS = 3, 64
 # Of what changes by less than so many times the noise, at the longest step, nothing is seen.
 _UNSEEN = 8
 
-# Slopes that noise explains are no more than so many times as far apart.
-_STRAIGHT = 16
+# Slopes that noise explains are no more than so many times as far apart, and truncation adds no more than a share.
+_STRAIGHT, _BENT = 16, 0.05
 
 
 class Measurement(NamedTuple):
@@ -177,19 +177,23 @@ def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurem
     eps = min(1.0, max(point.eps, noise / (line.size or 1.0)))
     h = float(RelativeStep().each(columns.new_tensor([size]), stencil, eps).sizes)
     longest = found.h / size * max(1.0, float(columns.nan_to_num(0.0, 0.0, 0.0).abs().max()))
-    if found.h > 2 * h and (unseen or not _is_straight(_Line(point, k, None), stencil, longest, h, noise)):
+    share = (
+        _BENT if found.accepted else 0.0
+    )  # a step that was accepted shows some truncation, and all together show more
+    if found.h > 2 * h and (unseen or not _is_straight(_Line(point, k, None), stencil, longest, h, noise, share)):
         # Nothing is seen of the function here, as where all rows are padding, or elsewhere that step is too long.
         found = found._replace(h=h, accepted=False)
     return Measurement(column, found, size)
 
 
-def _is_straight(line: _Line, stencil: Stencil, long: float, short: float, noise: float) -> bool:
-    """Whether the slope of all elements together is the same at a long step as at a short one, up to noise."""
+def _is_straight(line: _Line, stencil: Stencil, long: float, short: float, noise: float, share: float) -> bool:
+    """Whether the slope of all elements together is the same at both steps, up to noise and a share of it."""
     slopes = [
         sum(w * value for w, value in zip(stencil.weights, line.at([o * h for o in stencil.offsets]), strict=True)) / h
         for h in (long, short)
     ]
-    return abs(slopes[0] - slopes[1]) <= _STRAIGHT * noise * stencil.amplification / short
+    tolerance = _STRAIGHT * noise * stencil.amplification / short + share * max(map(abs, slopes))
+    return abs(slopes[0] - slopes[1]) <= tolerance
 
 
 class _Line(Along):
