@@ -375,7 +375,7 @@ def test_elements_that_bend_together_leave_an_accepted_step_as_it_is() -> None:
         a, b, c, d, e, f = x
         return np.array([float(f"{v:.5g}") for v in a * np.exp(-b * time) + c * np.sin(d * time + e) + f * time])
 
-    def smooth(x: Tensor) -> Tensor:
+    def smooth(x: Tensor) -> Any:
         a, b, c, d, e, f = x
         t = torch.from_numpy(time)
         return a * torch.exp(-b * t) + c * torch.sin(d * t + e) + f * t
