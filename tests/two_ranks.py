@@ -245,7 +245,8 @@ def count_collectives(rank: int, accumulate: int) -> tuple[int, int, int]:
 def count_reductions(calls: list[int], bucket):  # type: ignore[no-untyped-def]  # DDP reads the annotations
     # No callback in Python for the threads of gloo: one that comes to an end while Python does aborts the process.
     calls.append(1)
-    mean, done = bucket.buffer() / 2, torch.futures.Future()  # type: ignore[var-annotated]
+    mean: torch.Tensor = bucket.buffer() / 2
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     dist.all_reduce(mean)
     done.set_result(mean)
     return done

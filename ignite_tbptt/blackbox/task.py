@@ -89,10 +89,10 @@ class _Alone:
     def begin(self, frame: FrameType) -> None:
         """Hold it until `end`, or until the frame is left without one: torch calls no hook after Ctrl-C."""
         self.__enter__()
-        calls = self._calls.setdefault(_LEVEL.now, [])
-        while calls and not is_on_stack(calls[-1][1], sys._getframe()):
+        calls, thread = self._calls.setdefault(_LEVEL.now, []), threading.get_ident()
+        while calls and calls[-1][0] == thread and not is_on_stack(calls[-1][1], sys._getframe()):
             self.end()
-        calls.append((threading.get_ident(), frame))
+        calls.append((thread, frame))
 
     def end(self) -> None:
         """Hold it no more."""

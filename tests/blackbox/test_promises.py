@@ -81,11 +81,15 @@ class TestRepeatable:
         assert torch.allclose(found, torch.full_like(x, 2.0), rtol=0, atol=7e-3)
         with pytest.warns(UntrustedGradientWarning, match="not smooth on the scale of the step"):
             grad(blackbox(f, numpy=True, repeatable=False, estimator=CentralDifference())(x), x)
-        with pytest.warns(UntrustedGradientWarning, match="its steps were measured"):
-            found = grad(blackbox(f, numpy=True, repeatable=False)(x), x)
+        errors = []
+        for _ in range(9):
+            with pytest.warns(UntrustedGradientWarning, match="its steps were measured"):
+                found = grad(blackbox(f, numpy=True, repeatable=False)(x), x)
+            errors.append(float((found - 2.0).abs().max()))
         # A search starts at 2 (1e-3)^(1/3) = 0.2, for x = 2, and noise alone may end it there. For x = 1 the step is
-        # half of that, and the noise of the slope 1e-3 sqrt(2) / (2 0.1) = 7e-3: five of these.
-        assert torch.allclose(found, torch.full_like(x, 2.0), rtol=0, atol=3.5e-2)
+        # half of that, and the noise of the slope 1e-3 sqrt(2) / (2 0.1) = 7e-3: five of these. Seldom, that is.
+        assert max(errors) <= 3.5e-2
+        assert float(np.median(errors)) <= 7e-3
 
     @pytest.mark.parametrize("seed", range(5))
     def test_rows_of_a_noisy_function_are_told_from_rows_that_are_coupled(self, seed: int) -> None:
