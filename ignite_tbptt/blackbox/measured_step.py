@@ -54,7 +54,9 @@ class MeasuredStep:
 
     It is measured along one element of each input, with some 10 to 30 evaluations, more where it jumps, which are spent
     once. At gradients 2, 4, 8, ... the ratio of truncation to noise is looked at again, and the step is measured anew
-    where it no longer suits. Elements of other sizes than that one get a step in proportion to ``max(1, |x|)``.
+    where it no longer suits. Elements of other sizes than that one get a step in proportion to ``max(1, |x|)``. A long
+    step is taken only where the slope of all elements together is the same at a short one; where the function is flat,
+    the step of before is kept, or one that suits the noise.
 
     Args:
         noise: standard deviation of what an output is off by, in its units; measured by default.

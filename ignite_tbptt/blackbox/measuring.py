@@ -177,9 +177,8 @@ def _measured(point: Point, k: int, step: MeasuredStep, column: int) -> Measurem
     eps = min(1.0, max(point.eps, noise / (line.size or 1.0)))
     h = float(RelativeStep().each(columns.new_tensor([size]), stencil, eps).sizes)
     longest = found.h / size * max(1.0, float(columns.nan_to_num(0.0, 0.0, 0.0).abs().max()))
-    share = (
-        _BENT if found.accepted else 0.0
-    )  # a step that was accepted shows some truncation, and all together show more
+    # one that was accepted shows some truncation along one element, and more along all together
+    share = _BENT if found.accepted else 0.0
     if found.h > 2 * h and (unseen or not _is_straight(_Line(point, k, None), stencil, longest, h, noise, share)):
         # Nothing is seen of the function here, as where all rows are padding, or elsewhere that step is too long.
         found = found._replace(h=h, accepted=False)
